@@ -1,0 +1,20 @@
+"""Masks: patterns, exact selection, and `MaskSet`, the stored truth about which weights are pruned."""
+
+from sparse_ft.masks.mask_file import MASKS_FILE
+from sparse_ft.masks.mask_set import MaskSet, Surprise, check_sparsity
+from sparse_ft.masks.packing import pack_bits, unpack_bits
+from sparse_ft.masks.pattern import Pattern
+from sparse_ft.masks.selection import keep_largest, keep_largest_per_row, keep_n_of_m
+
+__all__ = [
+    "MASKS_FILE",
+    "MaskSet",
+    "Pattern",
+    "Surprise",
+    "check_sparsity",
+    "keep_largest",
+    "keep_largest_per_row",
+    "keep_n_of_m",
+    "pack_bits",
+    "unpack_bits",
+]

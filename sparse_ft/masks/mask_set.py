@@ -1,0 +1,383 @@
+"""`MaskSet`: one bool mask per prunable weight, the truth about which weights are pruned.
+
+`weight != 0` is not a mask: weights can be zero by chance, by bf16 underflow or in dead columns, and a pruned weight
+that came back is no longer zero. The stored mask is what every command enforces and verifies.
+
+Example:
+    >>> masks = MaskSet.from_zeros(model)           # the model is sparse already
+    >>> masks.apply_(model)                         # zero what is pruned, in place
+    >>> masks.verify(model)                         # raises if one weight revived
+    >>> masks.save("checkpoint")
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sparse_ft.masks import mask_file
+from sparse_ft.masks.packing import pack_bits, unpack_bits
+from sparse_ft.masks.pattern import Pattern
+from sparse_ft.masks.selection import keep_largest, keep_largest_per_row, keep_n_of_m
+from sparse_ft.models.names import named_weights
+from sparse_ft.models.targets import Target, find_targets, matrix_view
+
+
+class Surprise(NamedTuple):
+    """Where a mask and the zeros of a weight disagree: counts of weights."""
+
+    kept_zero: int
+    pruned_nonzero: int
+
+
+class MaskSet(Mapping[str, Tensor]):
+    """Immutable mapping from canonical parameter name to its bool mask, True = keep.
+
+    Masks have their parameter's own layout and are held as bits, one per weight; reading an item unpacks it to a new
+    tensor.
+
+    Args:
+        masks: bool tensors by parameter name.
+        pattern: one pattern for all tensors, or one per name.
+        input_dims: axis of the inputs per name where it is not the last (Conv1D: 0).
+
+    Raises:
+        ValueError: if there is no mask, one is not bool, or one breaks its n:m pattern.
+    """
+
+    def __init__(
+        self,
+        masks: Mapping[str, Tensor],
+        *,
+        pattern: str | Pattern | Mapping[str, str | Pattern] = "unstructured",
+        input_dims: Mapping[str, int] | None = None,
+    ) -> None:
+        if not masks:
+            raise ValueError("A MaskSet needs at least one mask, got none.")
+        per_tensor = isinstance(pattern, Mapping)
+        self.patterns = {n: Pattern.parse(pattern[n] if per_tensor else pattern) for n in masks}  # type: ignore[index,arg-type]
+        self.input_dims = {n: (input_dims or {}).get(n, mask.ndim - 1) for n, mask in masks.items()}
+        self._shapes: dict[str, torch.Size] = {}
+        self._packed: dict[str, Tensor] = {}
+        self._kept: dict[str, int] = {}
+        for name, mask in masks.items():
+            if mask.dtype != torch.bool:
+                raise ValueError(f"Mask of '{name}' must be torch.bool, got {mask.dtype}; use `mask != 0`.")
+            broken = self.patterns[name].violations(matrix_view(mask, self.input_dims[name]))
+            if broken:
+                raise ValueError(
+                    f"Mask of '{name}' breaks pattern {self.patterns[name]} in {broken} groups; "
+                    f"use pattern 'unstructured', or prune the tensor again."
+                )
+            self._shapes[name] = mask.shape
+            self._packed[name] = pack_bits(mask).cpu()
+            self._kept[name] = int(mask.sum())
+
+    # -- reading -----------------------------------------------------------------------------------------------------
+
+    def __getitem__(self, name: str) -> Tensor:
+        return unpack_bits(self._packed[name], self._shapes[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._packed)
+
+    def __len__(self) -> int:
+        return len(self._packed)
+
+    def __repr__(self) -> str:
+        patterns = ", ".join(sorted({str(p) for p in self.patterns.values()}))
+        return f"MaskSet({len(self)} tensors, {patterns}, sparsity {self.sparsity():.4f})"
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of one tensor's mask, without unpacking it."""
+        return tuple(self._shapes[name])
+
+    def counts(self) -> dict[str, tuple[int, int]]:
+        """(kept, total) number of weights per tensor."""
+        return {name: (self._kept[name], self._shapes[name].numel()) for name in self}
+
+    def sparsity(self, name: str | None = None) -> float:
+        """Share of pruned weights, of one tensor or of all of them together."""
+        names = list(self) if name is None else [name]
+        total = sum(self._shapes[n].numel() for n in names)
+        return 1 - sum(self._kept[n] for n in names) / total
+
+    def digest(self) -> str:
+        """SHA-256 over names, shapes, patterns, orientations and bits; the order of the tensors does not matter."""
+        sha = hashlib.sha256()
+        for name in sorted(self):
+            header = f"{name}|{tuple(self._shapes[name])}|{self.patterns[name]}|{self.input_dims[name]}|"
+            sha.update(header.encode())
+            sha.update(self._packed[name].numpy().tobytes())
+        return sha.hexdigest()
+
+    # -- against a model ---------------------------------------------------------------------------------------------
+
+    def weights_in(self, model: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The masked weights of a model, by name, each checked to have its mask's shape.
+
+        Raises:
+            ValueError: if a weight is absent or has another shape.
+        """
+        weights = named_weights(model)
+        for name, shape in self._shapes.items():
+            if name not in weights:
+                raise ValueError(f"The model has no tensor '{name}' but there is a mask for it. Another model's masks?")
+            if weights[name].shape != shape:
+                raise ValueError(
+                    f"Mask for '{name}' has shape {tuple(shape)} but the weight has {tuple(weights[name].shape)}. "
+                    f"Was it made for another model?"
+                )
+        return {name: weights[name].detach() for name in self}
+
+    @torch.no_grad()
+    def apply_(self, model: nn.Module | Mapping[str, Tensor]) -> MaskSet:
+        """Set every pruned weight to +0 in place; kept weights are not touched. Returns self."""
+        for name, weight in self.weights_in(model).items():
+            weight.masked_fill_(~self[name].to(weight.device), 0)
+        return self
+
+    def surprises(self, model: nn.Module | Mapping[str, Tensor]) -> dict[str, Surprise]:
+        """Where mask and zeros disagree, per tensor; tensors without disagreement are left out."""
+        found = {}
+        for name, weight in self.weights_in(model).items():
+            mask, zero = self[name].to(weight.device), weight == 0
+            surprise = Surprise(int((mask & zero).sum()), int((~mask & ~zero).sum()))
+            if any(surprise):
+                found[name] = surprise
+        return found
+
+    def revived(self, model: nn.Module | Mapping[str, Tensor]) -> dict[str, int]:
+        """Number of pruned weights that are not zero, per tensor that has any."""
+        return {name: s.pruned_nonzero for name, s in self.surprises(model).items() if s.pruned_nonzero}
+
+    def verify(self, model: nn.Module | Mapping[str, Tensor]) -> None:
+        """Check that every pruned weight is exactly zero.
+
+        Raises:
+            RuntimeError: naming the first tensor with a revived weight and the total number of them.
+            ValueError: if a weight is absent or has another shape.
+        """
+        revived = self.revived(model)
+        if revived:
+            name = next(iter(revived))
+            raise RuntimeError(
+                f"{sum(revived.values())} pruned weights in {len(revived)} tensors are not zero, the first "
+                f"{revived[name]} in '{name}'; train with MaskCallback or MaskLoRA, or prune again with masks.apply_()."
+            )
+
+    def weights_digest(self, model: nn.Module | Mapping[str, Tensor]) -> str:
+        """SHA-256 over the fp32 values of the masked weights: the same for any order, device or wider dtype."""
+        weights = self.weights_in(model)
+        sha = hashlib.sha256()
+        for name in sorted(weights):
+            values = weights[name].to(device="cpu", dtype=torch.float32).contiguous()
+            sha.update(name.encode())
+            sha.update(memoryview(values.numpy()).cast("B"))
+        return sha.hexdigest()
+
+    # -- making ------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_zeros(
+        cls,
+        model: nn.Module | Mapping[str, Tensor],
+        *,
+        pattern: str | Pattern | None = None,
+        targets: Sequence[Target] | None = None,
+        min_sparsity: float = 0.01,
+    ) -> MaskSet:
+        """Take the zeros of an already sparse model as its mask.
+
+        Kept weights that happen to be zero cannot be told from pruned ones in an unstructured model. With an n:m
+        pattern they can: every whole group keeps exactly n, so `surprises()` then lists the kept-but-zero weights. A
+        tensor with a share of zeros below `min_sparsity` is taken as dense, its zeros as kept.
+
+        Args:
+            model: a model, or tensors by name (then `targets` must be given).
+            pattern: n:m the zeros must have; None and `"unstructured"` accept any.
+            targets: which tensors; by default all prunable weights of the model.
+            min_sparsity: least share of zeros that counts as pruned.
+
+        Raises:
+            ValueError: if the whole is dense, or a group has more than n non-zero weights.
+        """
+        parsed = Pattern.parse(pattern or "unstructured")
+        if targets is None:
+            if not isinstance(model, nn.Module):
+                raise ValueError("from_zeros needs `targets` when given tensors instead of a model.")
+            targets = find_targets(model)
+        weights, masks = named_weights(model), {}
+        for target in targets:
+            nonzero = matrix_view(weights[target.name].detach() != 0, target.input_dim)
+            if float((~nonzero).float().mean()) < min_sparsity:
+                mask = torch.ones_like(nonzero)
+            elif parsed.n is not None and parsed.m is not None:
+                mask = keep_n_of_m(nonzero.to(torch.uint8), parsed.n, parsed.m)
+                _check_pattern_of_zeros(target.name, nonzero & ~mask, parsed)
+            else:
+                mask = nonzero
+            masks[target.name] = matrix_view(mask, target.input_dim).contiguous()
+        kept, total = sum(int(m.sum()) for m in masks.values()), sum(m.numel() for m in masks.values())
+        if total - kept < min_sparsity * total:
+            raise ValueError(
+                f"The model is dense: {total - kept} of its {total} prunable weights are zero; prune it first "
+                f"(sparse_ft.prune or `sparse-ft prune`), or pass its masks."
+            )
+        dense_or = {n: parsed if not bool(m.all()) else Pattern() for n, m in masks.items()}
+        return cls(masks, pattern=dense_or, input_dims={t.name: t.input_dim for t in targets})
+
+    @classmethod
+    def from_scores(
+        cls,
+        scores: Mapping[str, Tensor],
+        *,
+        pattern: str | Pattern = "unstructured",
+        sparsity: float | None = None,
+        scope: str = "tensor",
+        input_dims: Mapping[str, int] | None = None,
+    ) -> MaskSet:
+        """Keep the weights with the largest scores.
+
+        Args:
+            scores: real tensors in their parameter's layout, by name.
+            pattern: n:m keeps n of every m inputs and needs no `sparsity`.
+            sparsity: share to prune, in [0, 1), for `unstructured`.
+            scope: what the share is taken of: each `"tensor"` (round(s·numel) pruned), each output `"row"`
+                (floor(s·d) pruned), or all tensors together, `"global"`.
+            input_dims: axis of the inputs where it is not the last.
+
+        Raises:
+            ValueError: on a sparsity outside [0, 1), an unknown scope, or NaN scores.
+
+        Example:
+            >>> MaskSet.from_scores({"w": weight.abs()}, sparsity=0.5).sparsity()
+            0.5
+        """
+        parsed = Pattern.parse(pattern)
+        dims = {n: (input_dims or {}).get(n, s.ndim - 1) for n, s in scores.items()}
+        share = check_sparsity(parsed, sparsity)
+        if scope not in ("tensor", "row", "global"):
+            raise ValueError(f"Unknown scope '{scope}'; use 'tensor', 'row' or 'global'.")
+        if parsed.n is None and scope == "global":
+            flat = torch.cat([s.reshape(-1).float() for s in scores.values()])
+            parts = keep_largest(flat, flat.numel() - round(share * flat.numel())).split([s.numel() for s in scores.values()])
+            masks = {n: part.view(scores[n].shape) for n, part in zip(scores, parts, strict=True)}
+            return cls(masks, pattern=parsed, input_dims=dims)
+        masks = {}
+        for name, score in scores.items():
+            view = matrix_view(score, dims[name])
+            if parsed.n is not None and parsed.m is not None:
+                mask = keep_n_of_m(view, parsed.n, parsed.m)
+            elif scope == "row":
+                mask = keep_largest_per_row(view, view.shape[-1] - math.floor(share * view.shape[-1]))
+            else:
+                mask = matrix_view(keep_largest(score, score.numel() - round(share * score.numel())), dims[name])
+            masks[name] = matrix_view(mask, dims[name]).contiguous()
+        return cls(masks, pattern=parsed, input_dims=dims)
+
+    # -- arithmetic --------------------------------------------------------------------------------------------------
+
+    def __or__(self, other: MaskSet) -> MaskSet:
+        """Keep what either keeps. A tensor that only one set lists counts as wholly kept in the other."""
+        return self._combine(other, union=True)
+
+    def __and__(self, other: MaskSet) -> MaskSet:
+        """Keep what both keep. A tensor that only one set lists counts as wholly kept in the other."""
+        return self._combine(other, union=False)
+
+    def __le__(self, other: MaskSet) -> bool:
+        """True if everything this set keeps is kept by `other` too: a later, sparser mask of the same model."""
+        return all(not bool((self._or_all(n, other) & ~other[n]).any()) for n in other)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, MaskSet) and self.digest() == other.digest()
+
+    def __hash__(self) -> int:
+        return hash(self.digest())
+
+    def _or_all(self, name: str, other: MaskSet) -> Tensor:
+        if name not in self._packed:
+            return torch.ones(other._shapes[name], dtype=torch.bool)
+        if name in other._shapes and self._shapes[name] != other._shapes[name]:
+            raise ValueError(
+                f"Masks of '{name}' have shapes {self.shape(name)} and {other.shape(name)}; they are of two models."
+            )
+        return self[name]
+
+    def _combine(self, other: MaskSet, *, union: bool) -> MaskSet:
+        masks, patterns, dims = {}, {}, {**other.input_dims, **self.input_dims}
+        for name in dict.fromkeys([*self, *other]):
+            mine, theirs = self._or_all(name, other), other._or_all(name, self)
+            masks[name] = mine | theirs if union else mine & theirs
+            both = {self.patterns.get(name, Pattern()), other.patterns.get(name, Pattern())} - {Pattern()}
+            holds = len(both) == 1 and not next(iter(both)).violations(matrix_view(masks[name], dims[name]))
+            patterns[name] = both.pop() if holds else Pattern()
+        return MaskSet(masks, pattern=patterns, input_dims=dims)
+
+    # -- files -------------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> Path:
+        """Write `sparse_masks.safetensors` into a directory, or to the given file; the old file stays until the end."""
+        layout = mask_file.Layout(
+            {n: str(p) for n, p in self.patterns.items()},
+            {n: tuple(s) for n, s in self._shapes.items()},
+            dict(self.input_dims),
+            self.digest(),
+        )
+        return mask_file.write(path, self._packed, layout)
+
+    @classmethod
+    def load(cls, path: str | Path) -> MaskSet:
+        """Read masks from a directory, a file, or a Hub repository.
+
+        Raises:
+            FileNotFoundError: if there are none.
+            ValueError: if the file is damaged, or its digest does not fit its content.
+        """
+        file, packed, layout = mask_file.read(path)
+        masks = {name: unpack_bits(packed[name], shape) for name, shape in layout.shapes.items()}
+        loaded = cls(masks, pattern=layout.patterns, input_dims=layout.input_dims)
+        if loaded.digest() != layout.digest:
+            raise ValueError(
+                f"Masks in '{file}' have digest {loaded.digest()[:12]} but the file says {layout.digest[:12]}; "
+                f"it was changed after it was written, prune again or restore it."
+            )
+        return loaded
+
+    def push_to_hub(self, repo_id: str, *, token: str | None = None, commit_message: str = "Upload masks") -> str:
+        """Upload the masks to a Hub repository (made when it is not there). Returns the commit's address."""
+        return mask_file.push(self.save, repo_id, token=token, commit_message=commit_message)
+
+
+def check_sparsity(pattern: Pattern, sparsity: float | None) -> float:
+    """The share to prune for a pattern: the given one, or the one n:m fixes.
+
+    Raises:
+        ValueError: if it is missing, not a number, outside [0, 1), or contradicts n:m.
+    """
+    fixed = pattern.sparsity
+    if fixed is not None:
+        if sparsity is not None and not math.isclose(sparsity, fixed):
+            raise ValueError(f"Pattern {pattern} fixes sparsity at {fixed:g}, got {sparsity}; leave sparsity out.")
+        return fixed
+    if sparsity is None:
+        raise ValueError("Pattern 'unstructured' needs a sparsity in [0, 1), got none; pass for example sparsity=0.5.")
+    if isinstance(sparsity, bool) or not isinstance(sparsity, (int, float)) or not 0 <= sparsity < 1:
+        raise ValueError(f"sparsity must be a number in [0, 1), got {sparsity!r}; 0.6 removes 60% of the weights.")
+    return float(sparsity)
+
+
+def _check_pattern_of_zeros(name: str, excess: Tensor, pattern: Pattern) -> None:
+    count = int(excess.sum())
+    if count:
+        raise ValueError(
+            f"'{name}' is not {pattern} sparse: {count} non-zero weights exceed {pattern.n} in their group of "
+            f"{pattern.m}; use pattern='unstructured' or prune it again."
+        )
