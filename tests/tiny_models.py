@@ -37,9 +37,7 @@ def _llama() -> PreTrainedModel:
 
 
 def _qwen() -> PreTrainedModel:
-    config = Qwen2Config(
-        **_SIZES, **_SPECIAL, intermediate_size=48, num_key_value_heads=2, tie_word_embeddings=True
-    )
+    config = Qwen2Config(**_SIZES, **_SPECIAL, intermediate_size=48, num_key_value_heads=2, tie_word_embeddings=True)
     return Qwen2ForCausalLM(config)
 
 
@@ -48,9 +46,7 @@ def _opt() -> PreTrainedModel:
 
 
 def _gpt2() -> PreTrainedModel:
-    config = GPT2Config(
-        vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64, n_inner=48, **_SPECIAL
-    )
+    config = GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64, n_inner=48, **_SPECIAL)
     return GPT2LMHeadModel(config)
 
 

@@ -68,7 +68,7 @@ def find(path: str | Path) -> Path:
         local = local / MASKS_FILE
     if local.is_file():
         return local
-    if local.suffix == ".safetensors" or local.parent.is_dir() and len(local.parts) != 2:
+    if local.suffix == ".safetensors" or (local.parent.is_dir() and len(local.parts) != 2):
         raise FileNotFoundError(f"No masks at '{local}'; save them with MaskSet.save, or prune with `sparse-ft prune`.")
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HFValidationError

@@ -179,7 +179,7 @@ class MaskSet(Mapping[str, Tensor]):
         for name in sorted(weights):
             values = weights[name].to(device="cpu", dtype=torch.float32).contiguous()
             sha.update(name.encode())
-            sha.update(memoryview(values.numpy()).cast("B"))
+            sha.update(values.view(-1).view(torch.uint8).numpy())
         return sha.hexdigest()
 
     # -- making ------------------------------------------------------------------------------------------------------
@@ -266,10 +266,7 @@ class MaskSet(Mapping[str, Tensor]):
         if scope not in ("tensor", "row", "global"):
             raise ValueError(f"Unknown scope '{scope}'; use 'tensor', 'row' or 'global'.")
         if parsed.n is None and scope == "global":
-            flat = torch.cat([s.reshape(-1).float() for s in scores.values()])
-            parts = keep_largest(flat, flat.numel() - round(share * flat.numel())).split([s.numel() for s in scores.values()])
-            masks = {n: part.view(scores[n].shape) for n, part in zip(scores, parts, strict=True)}
-            return cls(masks, pattern=parsed, input_dims=dims)
+            return cls(_keep_globally(scores, share), pattern=parsed, input_dims=dims)
         masks = {}
         for name, score in scores.items():
             view = matrix_view(score, dims[name])
@@ -372,6 +369,13 @@ def check_sparsity(pattern: Pattern, sparsity: float | None) -> float:
     if isinstance(sparsity, bool) or not isinstance(sparsity, (int, float)) or not 0 <= sparsity < 1:
         raise ValueError(f"sparsity must be a number in [0, 1), got {sparsity!r}; 0.6 removes 60% of the weights.")
     return float(sparsity)
+
+
+def _keep_globally(scores: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
+    flat = torch.cat([score.reshape(-1).float() for score in scores.values()])
+    mask = keep_largest(flat, flat.numel() - round(share * flat.numel()))
+    parts = mask.split([score.numel() for score in scores.values()])
+    return {name: part.view(scores[name].shape) for name, part in zip(scores, parts, strict=True)}
 
 
 def _check_pattern_of_zeros(name: str, excess: Tensor, pattern: Pattern) -> None:

@@ -1,7 +1,7 @@
 """Which tensors of a model are prunable, found by structure and never by a list of model names.
 
-A target is the weight of a `nn.Linear`, of GPT-2's `Conv1D`, or a 3-D tensor of fused experts, inside one of the model's
-repeated blocks. Everything outside the blocks (embeddings, heads, final norms) is left alone, and inside them norms,
+A target is the weight of a `nn.Linear`, of GPT-2's `Conv1D`, or a 3-D tensor of fused experts, inside one of the
+model's repeated blocks. Everything outside the blocks (embeddings, heads, final norms) is left alone, and inside them norms,
 biases, convolutions, embeddings, routers, single-output gates and weights tied to an embedding.
 """
 
@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import cast
 
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from sparse_ft.models.names import canonical_name
 
@@ -87,7 +87,12 @@ def _is_composite_with_linears(module: nn.Module) -> bool:
 
 
 def _is_linear_like(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Linear, Conv1D))
+    return isinstance(module, nn.Linear) or _is_conv1d(module)
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    """GPT-2's linear with an (in, out) weight; recognised by name so that masks work without importing transformers."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
 def _is_experts(module: nn.Module) -> bool:
@@ -162,10 +167,9 @@ def _is_gate(module: nn.Module, experts: int | None) -> bool:
 
 
 def _weights_of(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, int, str]]:
-    if isinstance(module, nn.Linear):
-        yield "weight", module.weight, 1, "linear"
-    elif isinstance(module, Conv1D):
-        yield "weight", module.weight, 0, "conv1d"
+    if _is_linear_like(module):
+        kind, input_dim = ("conv1d", 0) if _is_conv1d(module) else ("linear", 1)
+        yield "weight", cast(nn.Parameter, module.weight), input_dim, kind
     elif _is_experts(module):
         input_dim = 1 if _is_transposed(module) else 2
         for name, parameter in module.named_parameters(recurse=False):
@@ -209,6 +213,4 @@ def _without(targets: list[Target], exclude: Sequence[str]) -> list[Target]:
 
 
 def _matches(target: Target, pattern: str) -> bool:
-    return any(
-        fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}") for name in (target.module, target.name)
-    )
+    return any(fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}") for name in (target.module, target.name))

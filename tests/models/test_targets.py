@@ -126,10 +126,10 @@ def test_targets_of_the_empty_skeleton_are_the_same(family: str, tmp_path: objec
 
 def test_blocks_run_in_the_order_they_are_listed() -> None:
     for family in TINY:
-        model, order = TINY[family](), []
+        model, order = TINY[family](), list[str]()
         blocks = find_blocks(model)
         for name, block in blocks:
-            block.register_forward_pre_hook(lambda _m, _a, name=name: order.append(name))
+            block.register_forward_pre_hook(lambda _m, _a, name=name, order=order: order.append(name))
         model(**tiny_batch(model))
         assert order == [name for name, _ in blocks], family
 
