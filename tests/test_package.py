@@ -221,9 +221,9 @@ def test_wheel_ships_recipes_launch_files_and_types(tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         archive.extractall(tmp_path / "installed")
-    expected = {f"sparse_ft/_recipes/{path.relative_to(REPOSITORY / 'recipes').as_posix()}" for path in RECIPES}
+    expected = {f"sparse_ft/recipes/{path.relative_to(REPOSITORY / 'recipes').as_posix()}" for path in RECIPES}
     expected |= {f"sparse_ft/{relative(path)}" for path in SOURCES}
-    expected |= {"sparse_ft/_launch/single.yaml", "sparse_ft/py.typed"}
+    expected |= {"sparse_ft/launch/single.yaml", "sparse_ft/py.typed"}
     assert expected <= names
     strangers = {name for name in names if not name.startswith("sparse_ft")}
     assert not strangers, "the wheel installs things outside sparse_ft"
