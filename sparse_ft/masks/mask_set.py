@@ -25,7 +25,7 @@ from sparse_ft.masks import mask_file
 from sparse_ft.masks.packing import pack_bits, unpack_bits
 from sparse_ft.masks.pattern import Pattern
 from sparse_ft.masks.selection import keep_largest, keep_largest_per_row, keep_n_of_m
-from sparse_ft.models.names import named_weights
+from sparse_ft.models.names import canonical_name, named_weights
 from sparse_ft.models.targets import Target, find_targets, matrix_view
 
 
@@ -119,34 +119,39 @@ class MaskSet(Mapping[str, Tensor]):
 
     # -- against a model ---------------------------------------------------------------------------------------------
 
-    def weights_in(self, model: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The masked weights of a model, by name, each checked to have its mask's shape.
+    def weights_in(self, model: nn.Module | Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Yield (name, weight) of every masked tensor of a model, each checked to have its mask's shape.
+
+        A mapping may read its tensors from disk: they are asked for one at a time and not held.
 
         Raises:
             ValueError: if a weight is absent or has another shape.
         """
-        weights = named_weights(model)
+        tensors: Mapping[str, Tensor] = named_weights(model) if isinstance(model, nn.Module) else model
+        keys = {canonical_name(key): key for key in tensors}
+        absent = next((name for name in self if name not in keys), None)
+        if absent is not None:
+            raise ValueError(f"The model has no tensor '{absent}' but there is a mask for it. Another model's masks?")
         for name, shape in self._shapes.items():
-            if name not in weights:
-                raise ValueError(f"The model has no tensor '{name}' but there is a mask for it. Another model's masks?")
-            if weights[name].shape != shape:
+            weight = tensors[keys[name]].detach()
+            if weight.shape != shape:
                 raise ValueError(
-                    f"Mask for '{name}' has shape {tuple(shape)} but the weight has {tuple(weights[name].shape)}. "
+                    f"Mask for '{name}' has shape {tuple(shape)} but the weight has {tuple(weight.shape)}. "
                     f"Was it made for another model?"
                 )
-        return {name: weights[name].detach() for name in self}
+            yield name, weight
 
     @torch.no_grad()
     def apply_(self, model: nn.Module | Mapping[str, Tensor]) -> MaskSet:
         """Set every pruned weight to +0 in place; kept weights are not touched. Returns self."""
-        for name, weight in self.weights_in(model).items():
+        for name, weight in self.weights_in(model):
             weight.masked_fill_(~self[name].to(weight.device), 0)
         return self
 
     def surprises(self, model: nn.Module | Mapping[str, Tensor]) -> dict[str, Surprise]:
         """Where mask and zeros disagree, per tensor; tensors without disagreement are left out."""
         found = {}
-        for name, weight in self.weights_in(model).items():
+        for name, weight in self.weights_in(model):
             mask, zero = self[name].to(weight.device), weight == 0
             surprise = Surprise(int((mask & zero).sum()), int((~mask & ~zero).sum()))
             if any(surprise):
@@ -174,13 +179,8 @@ class MaskSet(Mapping[str, Tensor]):
 
     def weights_digest(self, model: nn.Module | Mapping[str, Tensor]) -> str:
         """SHA-256 over the fp32 values of the masked weights: the same for any order, device or wider dtype."""
-        weights = self.weights_in(model)
-        sha = hashlib.sha256()
-        for name in sorted(weights):
-            values = weights[name].to(device="cpu", dtype=torch.float32).contiguous()
-            sha.update(name.encode())
-            sha.update(values.view(-1).view(torch.uint8).numpy())
-        return sha.hexdigest()
+        parts = {name: tensor_digest(weight) for name, weight in self.weights_in(model)}
+        return hashlib.sha256("".join(f"{name}|{parts[name]}|" for name in sorted(parts)).encode()).hexdigest()
 
     # -- making ------------------------------------------------------------------------------------------------------
 
@@ -369,6 +369,12 @@ def check_sparsity(pattern: Pattern, sparsity: float | None) -> float:
     if isinstance(sparsity, bool) or not isinstance(sparsity, (int, float)) or not 0 <= sparsity < 1:
         raise ValueError(f"sparsity must be a number in [0, 1), got {sparsity!r}; 0.6 removes 60% of the weights.")
     return float(sparsity)
+
+
+def tensor_digest(weight: Tensor) -> str:
+    """SHA-256 over the values of one tensor as contiguous fp32."""
+    values = weight.detach().to(device="cpu", dtype=torch.float32).contiguous()
+    return hashlib.sha256(values.view(-1).view(torch.uint8).numpy().data).hexdigest()
 
 
 def _keep_globally(scores: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:

@@ -1,8 +1,8 @@
 """Which tensors of a model are prunable, found by structure and never by a list of model names.
 
 A target is the weight of a `nn.Linear`, of GPT-2's `Conv1D`, or a 3-D tensor of fused experts, inside one of the
-model's repeated blocks. Everything outside the blocks (embeddings, heads, final norms) is left alone, and inside them norms,
-biases, convolutions, embeddings, routers, single-output gates and weights tied to an embedding.
+model's repeated blocks. Everything outside the blocks (embeddings, heads, final norms) is left alone, and inside them
+norms, biases, convolutions, embeddings, routers, single-output gates and weights tied to an embedding.
 """
 
 from __future__ import annotations
