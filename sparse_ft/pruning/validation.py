@@ -1,0 +1,84 @@
+"""Checks that every pruning method makes before it starts: pattern, sparsity, and finite weights and statistics.
+
+Example:
+    >>> pattern, sparsity = resolve_pattern("2:4")
+    >>> str(pattern), sparsity
+    ('2:4', 0.5)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparse_ft.masks import Pattern, check_sparsity
+
+
+def resolve_pattern(pattern: str | Pattern, sparsity: float | None = None) -> tuple[Pattern, float]:
+    """Parse `pattern` (n:m: n KEPT of m) and settle the share of weights it removes.
+
+    Args:
+        pattern: `"unstructured"` or `"n:m"`.
+        sparsity: share removed, in [0, 1). Required when unstructured; with n:m left out or equal to 1 - n/m.
+
+    Raises:
+        ValueError: unknown pattern, missing or invalid sparsity, or a sparsity that contradicts n:m.
+    """
+    parsed = Pattern.parse(pattern)
+    return parsed, check_sparsity(parsed, sparsity)
+
+
+def check_weight(weight: Tensor, name: str = "weight") -> None:
+    """Check that `weight` is a non-empty floating-point tensor without NaN or infinite entries.
+
+    Raises:
+        ValueError: naming `name` and what is wrong with it.
+    """
+    if not weight.is_floating_point():
+        raise ValueError(f"'{name}' has dtype {weight.dtype} but pruning needs floating point; dequantise it first.")
+    if weight.numel() == 0:
+        raise ValueError(f"'{name}' has shape {tuple(weight.shape)} and holds no weights; exclude it from pruning.")
+    if not is_finite(weight):
+        raise ValueError(f"'{name}' contains NaN or infinite weights; repair the checkpoint before pruning.")
+
+
+def check_matrix(weight: Tensor, statistic: Tensor, label: str) -> None:
+    """Check that `weight` is a finite (o, d) matrix and that a finite `statistic` (d,) or (d, d) of its inputs fits.
+
+    Args:
+        weight: the matrix to prune.
+        statistic: what calibration collected about its d inputs.
+        label: name of the statistic in the message.
+
+    Raises:
+        ValueError: naming what is wrong, with the two sizes where sizes differ.
+    """
+    size = statistic.shape[-1]
+    if weight.dim() != 2 or weight.shape[1] != size:
+        raise ValueError(
+            f"weight has shape {tuple(weight.shape)} but the {label} was collected for {size} inputs; "
+            "pass the (out, in) matrix view of the layer that received those inputs."
+        )
+    check_weight(weight)
+    check_statistic(statistic, label)
+
+
+def check_statistic(statistic: Tensor, label: str) -> None:
+    """Check that a second moment (d,) or Hessian (d, d) is finite and that some input was ever non-zero.
+
+    Raises:
+        ValueError: naming `label`.
+    """
+    if not is_finite(statistic):
+        raise ValueError(f"The {label} contains NaN or Inf; check the calibration inputs and the model's dtype.")
+    if not bool(statistic.any()):
+        raise ValueError(
+            f"The {label} is all zero, no calibration token reached this layer; "
+            "calibrate on more tokens or prune the layer by magnitude."
+        )
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """True if no entry is NaN or infinite, in one pass without a temporary of the tensor's size."""
+    low, high = torch.aminmax(tensor.detach())  # NaN propagates to both
+    return bool(torch.isfinite(low) & torch.isfinite(high))
