@@ -1,0 +1,269 @@
+"""Run a model's own forward, over and over, one block further each time.
+
+To calibrate block k, its inputs must come from blocks 0…k-1 that are already pruned, and its other arguments (masks,
+position embeddings, an encoder's output) must be exactly those the model passes. So the model itself is called, once
+per batch and pass: blocks that are done answer with the output recorded when they were last run, block k really runs,
+and the forward is stopped where the next block would begin. Nothing is called with arguments made by hand, whatever
+the architecture; a decoder sees the output of the pruned encoder; and of all the model only block k costs time.
+
+    with BlockReplay(model, find_blocks(model), batches) as replay:
+        while (index := replay.next_block()) is not None:
+            replay.run(index)                        # dense: observe with hooks
+            ...                                      # prune it
+            replay.run(index, record=True)           # pruned: its output is what the following blocks see
+
+Recorded tensors are dropped as soon as they are dead: one that a block took in and the next block did not. Should a
+model read such a tensor later after all, it reads NaN, never a wrong number.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class StopForward(Exception):
+    """Raised inside the model's forward when nothing more is needed of it; `BlockReplay` catches it."""
+
+
+class _BlockReached(StopForward):
+    def __init__(self, index: int) -> None:
+        super().__init__(index)
+        self.index = index
+
+
+@dataclass(frozen=True)
+class _Dropped:
+    """Stands for a recorded tensor that is dead."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+    def as_nan(self) -> Tensor:
+        return torch.full((), torch.nan, dtype=self.dtype, device=self.device).expand(self.shape)
+
+
+class _StandIn(nn.Module):
+    """Takes a block's place in the model. Attributes the model reads of the block are still the block's."""
+
+    def __init__(self, block: nn.Module, answer: Callable[[], Any]) -> None:
+        super().__init__()
+        self.__dict__["_block"] = block  # not as a submodule: the block is not in the model now
+        self.__dict__["_answer"] = answer
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._answer()
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_block"], name)
+
+
+class BlockReplay:
+    """Context manager that runs the blocks of a model one at a time; the model is as before when it ends.
+
+    Inside, the model is in eval mode without gradients, and blocks that are not running are out of it.
+
+    Args:
+        model: any transformers model.
+        blocks: its repeated blocks as (name, module), in any order.
+        batches: keyword arguments of the model's forward.
+        device: where the batches are moved.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Sequence[tuple[str, nn.Module]],
+        batches: Sequence[dict[str, Any]],
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self._model = model
+        self._names = [name for name, _ in blocks]
+        self._blocks = [block for _, block in blocks]
+        self._batches = batches
+        self._device = device
+        self._stand_ins = [_StandIn(block, partial(self._answer, i)) for i, block in enumerate(self._blocks)]
+        self._slots: list[list[tuple[nn.Module, str]]] = []
+        self._recorded: list[dict[int, list[Any]]] = [{} for _ in batches]  # batch -> block -> output of each call
+        self._taken: list[set[int]] = [set() for _ in batches]  # batch -> id of recorded tensors a block took in
+        self._number = 0
+        self._copies: dict[int, Tensor] = {}  # this forward's copy of each recorded tensor, by its id
+        self._calls: dict[int, int] = {}
+        accepted = inspect.signature(model.forward).parameters
+        self._options = {"use_cache": False} if "use_cache" in accepted else {}
+
+    def __enter__(self) -> BlockReplay:
+        self._was_training = [module for module in self._model.modules() if module.training]
+        self._slots = [_slots(self._model, block) for block in self._blocks]
+        self._model.eval()
+        get_head = getattr(self._model, "get_output_embeddings", None)
+        head = get_head() if callable(get_head) else None
+        self._head_hook = head.register_forward_pre_hook(_stop) if isinstance(head, nn.Module) else None
+        for index in range(len(self._blocks)):
+            self._place(index, self._stand_ins[index])
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for index, block in enumerate(self._blocks):
+            self._place(index, block)
+        if self._head_hook is not None:
+            self._head_hook.remove()
+        for module in self._was_training:
+            module.training = True
+        self._recorded.clear()
+        self._copies.clear()
+
+    def next_block(self) -> int | None:
+        """Index of the block that the model calls after the recorded ones; None when it calls no other."""
+        try:
+            self._forward(0)
+        except _BlockReached as reached:
+            return reached.index
+        except StopForward:
+            pass
+        return None
+
+    def run(self, index: int, *, record: bool = False, before_batch: Callable[[int], None] | None = None) -> None:
+        """Run one block on every batch, with the arguments the model passes.
+
+        Args:
+            index: what `next_block` returned.
+            record: keep the outputs, as the inputs of the blocks that follow.
+            before_batch: called with the number of each batch before it runs. Hooks inside the block may raise
+                `StopForward` when they have seen enough of a batch whose output is not recorded.
+
+        Raises:
+            RuntimeError: if the model does not call the block for one of the batches.
+        """
+        block = self._blocks[index]
+        outputs: list[Any] = []
+        hooks = [block.register_forward_pre_hook(self._note_inputs, with_kwargs=True, prepend=True)]
+        if record:
+            hooks.append(block.register_forward_hook(lambda module, inputs, output: outputs.append(output)))
+        self._place(index, block)
+        try:
+            for number in range(len(self._batches)):
+                outputs.clear()
+                if before_batch is not None:
+                    before_batch(number)
+                try:
+                    self._forward(number)
+                except StopForward:
+                    pass
+                if index not in self._calls:
+                    raise RuntimeError(
+                        f"The model called '{self._names[index]}' for the first calibration batch but not for batch "
+                        f"{number}; give batches with the same kinds of input."
+                    )
+                if record:
+                    self._recorded[number][index] = list(outputs)
+        finally:
+            self._place(index, self._stand_ins[index])
+            for hook in hooks:
+                hook.remove()
+
+    @torch.no_grad()
+    def _forward(self, number: int) -> None:
+        self._number = number
+        self._copies = {}
+        self._calls = {}
+        batch = {
+            key: value.to(self._device) if isinstance(value, Tensor) else value
+            for key, value in self._batches[number].items()
+        }
+        try:
+            self._model(**batch, **self._options)
+        finally:
+            self._copies = {}
+
+    def _answer(self, index: int) -> Any:
+        """What a block that is not running returns: its recorded output, or the end of this forward."""
+        recorded = self._recorded[self._number].get(index)
+        if recorded is None:
+            raise _BlockReached(index)
+        call = self._calls.get(index, 0)
+        self._calls[index] = call + 1
+        return _map_tensors(recorded[min(call, len(recorded) - 1)], self._copy)
+
+    def _copy(self, tensor: Tensor | _Dropped) -> Tensor:
+        """A block or the model may write into what it is given, so recorded tensors are given as copies."""
+        if isinstance(tensor, _Dropped):
+            return tensor.as_nan()
+        if id(tensor) not in self._copies:
+            self._copies[id(tensor)] = tensor.clone()
+        return self._copies[id(tensor)]
+
+    def _note_inputs(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """See which recorded tensors the running block takes in, and drop those that no block takes any more."""
+        index = next(i for i, b in enumerate(self._blocks) if b is block)
+        self._calls[index] = self._calls.get(index, 0) + 1
+        if self._calls[index] > 1:
+            return
+        given = {id(tensor) for tensor in _tensors((args, kwargs))}
+        now = {original for original, copy in self._copies.items() if id(copy) in given}
+        taken = self._taken[self._number]
+        dead = taken - now
+        taken |= now
+        if not dead:
+            return
+        recorded = self._recorded[self._number]
+        for done, outputs in recorded.items():
+            recorded[done] = [_map_tensors(output, lambda t: _drop(t) if id(t) in dead else t) for output in outputs]
+        taken -= dead  # their ids may be used again
+
+    def _place(self, index: int, module: nn.Module) -> None:
+        for parent, name in self._slots[index]:
+            parent._modules[name] = module
+
+
+def _slots(model: nn.Module, block: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Every place in the model where this very block hangs."""
+    return [(parent, name) for parent in model.modules() for name, child in parent._modules.items() if child is block]
+
+
+def _stop(module: nn.Module, args: tuple[Any, ...]) -> None:
+    raise StopForward
+
+
+def _drop(tensor: Any) -> Any:
+    if isinstance(tensor, Tensor) and tensor.is_floating_point():
+        return _Dropped(tensor.shape, tensor.dtype, tensor.device)
+    return tensor
+
+
+def _map_tensors(value: Any, change: Callable[[Any], Any]) -> Any:
+    """Apply `change` to every tensor in nested tuples, lists and dictionaries (transformers' outputs are such)."""
+    if isinstance(value, (Tensor, _Dropped)):
+        return change(value)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_map_tensors(item, change) for item in value))
+    if isinstance(value, (tuple, list)):
+        return type(value)(_map_tensors(item, change) for item in value)
+    if isinstance(value, dict):
+        items = {key: _map_tensors(item, change) for key, item in value.items()}
+        return items if type(value) is dict else type(value)(**items)
+    return value
+
+
+def _tensors(value: Any) -> Iterable[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _tensors(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
