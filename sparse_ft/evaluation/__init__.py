@@ -1,5 +1,33 @@
 """Numbers and pictures about a sparse model: perplexity with its protocol, sparsity tables, reports, plots."""
 
 from sparse_ft.evaluation.perplexity import EvaluationProtocol, PerplexityResult, perplexity
+from sparse_ft.evaluation.report import (
+    REPORT_HTML,
+    REPORT_JSON,
+    ComparisonRow,
+    ReportData,
+    mask_sample,
+    recovered_share,
+    report_numbers,
+    write_comparison,
+    write_report,
+)
+from sparse_ft.evaluation.sparsity import SparsityRow, sparsity_table, sparsity_totals
 
-__all__ = ["EvaluationProtocol", "PerplexityResult", "perplexity"]
+__all__ = [
+    "REPORT_HTML",
+    "REPORT_JSON",
+    "ComparisonRow",
+    "EvaluationProtocol",
+    "PerplexityResult",
+    "ReportData",
+    "SparsityRow",
+    "mask_sample",
+    "perplexity",
+    "recovered_share",
+    "report_numbers",
+    "sparsity_table",
+    "sparsity_totals",
+    "write_comparison",
+    "write_report",
+]

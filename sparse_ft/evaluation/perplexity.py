@@ -284,10 +284,11 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     """The transformers model inside PEFT, DistributedDataParallel or torch.compile."""
     while True:
         inner: Any = getattr(model, "_orig_mod", None)
-        if inner is None and isinstance(model, nn.parallel.DistributedDataParallel):
+        base_of_adapter: Any = getattr(model, "get_base_model", None)
+        if isinstance(model, nn.parallel.DistributedDataParallel):
             inner = model.module
-        if inner is None and hasattr(model, "get_base_model"):
-            inner = model.get_base_model()
+        elif base_of_adapter is not None:
+            inner = base_of_adapter()
         if not isinstance(inner, nn.Module) or inner is model:
             return model
         model = inner

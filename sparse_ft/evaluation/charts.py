@@ -1,0 +1,343 @@
+"""The charts of a report as inline SVG: heat map, bars, curves, and a piece of a mask.
+
+Colours are classes that `style.py` defines for light and dark; each mark carries its exact number as `data-value` and
+its description as `<title>`, which browsers show as a tooltip and screen readers read out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sparse_ft.evaluation import formats
+from sparse_ft.evaluation.markup import Markup, join, tag
+
+WIDTH = 1000
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell of a heat map: a share of zeros, what it is, and whether something is wrong with it."""
+
+    share: float
+    description: str
+    alarm: bool = False
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One bar: `value` may be None (not measured), inf or nan; `kind` picks the colour; `group` is a heading."""
+
+    label: str
+    value: Any
+    kind: str = "pruned"
+    group: str = ""
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One curve through `points` (x, y); curves of one `hue` belong together; `dots` are drawn apart, not as a line."""
+
+    label: str
+    points: Sequence[tuple[float, float]]
+    hue: int = 0
+    dots: bool = False
+
+
+def heat_map(cells: Mapping[tuple[str, str], Cell], columns: Sequence[str], rows: Sequence[str], name: str) -> Markup:
+    """A grid of shares, darker for more zeros; the scale is always 0 to 100%, so that two reports compare.
+
+    Args:
+        cells: by (column, row); absent ones are drawn as gaps.
+        columns: blocks, in order of depth. Short names are made from them.
+        rows: roles, top to bottom.
+        name: what the picture shows, read out by screen readers.
+    """
+    left, top, height = label_width(rows), 34, 30
+    wide = max(7.0, min(96.0, (WIDTH - left) / max(1, len(columns))))
+    total_width, total_height = left + wide * len(columns), top + height * len(rows)
+    every = next(step for step in (1, 2, 4, 5, 8, 10, 20, 50, 100, 1000) if step * wide >= 30)
+    marks: list[Markup] = []
+    for i, (column, label) in enumerate(zip(columns, short_labels(columns), strict=True)):
+        if i % every == 0:
+            marks.append(tag("text", label, x=left + (i + 0.5) * wide, y=top - 12, text_anchor="middle", class_="axis"))
+        for j, row in enumerate(rows):
+            marks.append(_cell(cells.get((column, row)), left + i * wide, top + j * height, wide, height))
+    for j, row in enumerate(rows):
+        marks.append(tag("text", row, x=0, y=top + (j + 0.5) * height, class_="label"))
+    return _picture(name, total_width, total_height, *marks, class_="heat")
+
+
+def bars(items: Sequence[Bar], name: str, *, baseline: tuple[str, float] | None = None) -> Markup:
+    """Horizontal bars of perplexity, from 0 or, when the range needs it, on a log scale from 1 (= 0 nats).
+
+    Args:
+        items: from top to bottom; a heading is drawn where `group` changes.
+        name: what the picture shows.
+        baseline: (label, value) of a dashed line across.
+    """
+    left, right, step = label_width([b.label for b in items]), 150, 36
+    numbers = [b.value for b in items if formats.finite(b.value)] + ([baseline[1]] if baseline else [])
+    log = needs_log(numbers)
+    top_value = max(numbers, default=1.0)
+    ticks = log_ticks(1.0, top_value) if log else linear_ticks(0.0, top_value)
+    low, high = ticks[0], max(ticks[-1], top_value)
+    at = _scale(low, high, left, WIDTH - right, log)
+    y, marks = 30.0 if baseline else 14.0, list[Markup]()
+    previous = ""
+    for bar in items:
+        if bar.group != previous:
+            marks.append(tag("text", bar.group, x=0, y=y + 28, class_="group"))
+            y, previous = y + 42, bar.group
+        marks.append(_bar(bar, y, step, at, low, WIDTH - right))
+        y += step
+    grid = [_grid_line(at(t), formats.tick(t), 24 if baseline else 8, y) for t in ticks if t <= high]
+    line = _baseline(baseline, at(baseline[1]), y) if baseline else None
+    return _picture(f"{name}{', log scale' if log else ''}", WIDTH, y + 28, *grid, *marks, line, class_="bars")
+
+
+def curves(items: Sequence[Curve], name: str, *, x_label: str = "step", y_label: str = "loss") -> Markup:
+    """Curves over steps; a long noisy one is drawn faint with its running mean on top.
+
+    Args:
+        items: at least one with two points.
+        name: what the picture shows.
+        x_label: unit of the horizontal axis.
+        y_label: unit of the vertical axis.
+    """
+    left, right, top, bottom = 64.0, WIDTH - 150.0, 22.0, 280.0
+    xs = [x for item in items for x, _ in item.points]
+    ys = [y for item in items for _, y in item.points]
+    log = min(ys) > 0 and max(ys) / min(ys) > 30
+    y_ticks = log_ticks(min(ys), max(ys)) if log else linear_ticks(min(ys), max(ys))
+    x_ticks = linear_ticks(min(xs), max(xs))
+    to_x = _scale(min(xs), max(xs), left, right, False)
+    to_y = _scale(min(y_ticks[0], min(ys)), max(y_ticks[-1], max(ys)), bottom, top, log)
+    marks = [_row_line(to_y(t), formats.tick(t), left, right) for t in y_ticks]
+    marks += [
+        tag("text", formats.tick(t), x=to_x(t), y=bottom + 22, text_anchor="middle", class_="axis")
+        for t in x_ticks
+        if min(xs) <= t <= max(xs)
+    ]
+    marks.append(tag("text", x_label, x=right + 32, y=bottom + 22, class_="axis"))
+    marks.append(tag("text", y_label + (" (log)" if log else ""), x=left - 12, y=8, text_anchor="end", class_="axis"))
+    placed: list[float] = []
+    marks += [_curve(item, to_x, to_y, right + 14, placed) for item in items]
+    return _picture(name, WIDTH, 310, *marks, class_="curves")
+
+
+def mask_picture(lines: Sequence[str], name: str) -> Markup:
+    """A piece of a real mask: one square per weight, filled where it is kept.
+
+    Args:
+        lines: strings of `1` (kept) and `0` (pruned), one per output row.
+        name: which weights these are.
+    """
+    unit, gap = 10, 2
+    squares = {"1": "", "0": ""}
+    for y, line in enumerate(lines):
+        for x, bit in enumerate(line):
+            squares["1" if bit == "1" else "0"] += f"M{x * unit},{y * unit}h{unit - gap}v{unit - gap}h-{unit - gap}z"
+    width = unit * max((len(line) for line in lines), default=0) - gap
+    return _picture(
+        name,
+        width,
+        unit * len(lines) - gap,
+        tag("path", d=squares["0"], class_="off"),
+        tag("path", d=squares["1"], class_="on"),
+        class_="mask",
+    )
+
+
+def short_labels(blocks: Sequence[str]) -> list[str]:
+    """The number of each block, with the stack's initial where there are several stacks: `e0 … d0`."""
+    stacks = {block.rpartition(".")[0] for block in blocks}
+    initials = {stack: stack[:1] if len(stacks) > 1 else "" for stack in stacks}
+    return [initials[block.rpartition(".")[0]] + (block.rpartition(".")[2] or "–") for block in blocks]
+
+
+def label_width(labels: Sequence[str]) -> float:
+    """Room to the left of a chart for its labels, which start at the edge of the text column."""
+    return min(300.0, 8.2 * max((len(label) for label in labels), default=0) + 22)
+
+
+def needs_log(values: Sequence[float]) -> bool:
+    """True when the largest is so far above the smallest that a linear bar of the smallest would be a stub."""
+    return bool(values) and min(values) >= 1 and max(values) / min(values) > 6
+
+
+def linear_ticks(low: float, high: float, wanted: int = 5) -> list[float]:
+    """Round values from at or below `low` to at or above `high`."""
+    span = (high - low) or abs(high) or 1.0
+    raw = span / wanted
+    size = 10.0 ** math.floor(math.log10(raw))
+    step = next(size * m for m in (1, 2, 2.5, 5, 10) if size * m >= raw * 0.999)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [round(i * step, 12) for i in range(first, max(last, first + 1) + 1)]
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """1, 2, 5 times powers of ten, or powers only when there are many, from at or below `low` to at or above `high`."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    steps = (1, 2, 5) if len(powers) <= 3 else (1, 3) if len(powers) <= 5 else (1,)
+    every = [m * 10.0**p for p in powers for m in steps]
+    first = max((t for t in every if t <= low * 1.0001), default=every[0])
+    last = min((t for t in every if t >= high * 0.9999), default=every[-1])
+    return [t for t in every if first <= t <= last]
+
+
+def _scale(low: float, high: float, start: float, end: float, log: bool) -> Any:
+    """Function from a value to a coordinate."""
+    if high <= low:
+        high = low + 1.0
+
+    def at(value: float) -> float:
+        if log:
+            share = (math.log(value) - math.log(low)) / (math.log(high) - math.log(low))
+        else:
+            share = (value - low) / (high - low)
+        return round(start + share * (end - start), 2)
+
+    return at
+
+
+def _picture(name: str, width: float, height: float, *children: Any, class_: str) -> Markup:
+    """One SVG in a box that scrolls sideways where the screen is narrower than the picture can be read."""
+    svg = tag(
+        "svg",
+        tag("title", name),
+        *children,
+        viewBox=f"0 0 {width:.6g} {height:.6g}",
+        width=f"{width:.6g}",
+        height=f"{height:.6g}",
+        role="img",
+        aria_label=name,
+        class_=class_,
+    )
+    return tag("div", svg, class_="picture", tabindex="0") if class_ != "mask" else svg
+
+
+def _cell(cell: Cell | None, x: float, y: float, width: float, height: float) -> Markup:
+    gap = 2 if width > 12 else 1
+    box: dict[str, Any] = dict(x=x, y=y, width=width - gap, height=height - gap, rx=3 if width > 12 else 1)
+    if cell is None:
+        return tag("rect", class_="none", **box)
+    parts = [
+        tag("title", cell.description),
+        tag("rect", class_="base", **box),
+        tag("rect", class_="fill", fill_opacity=round(cell.share, 4), **box),
+    ]
+    if width >= 44:
+        shown = formats.percent(cell.share, 1 if width >= 60 else 0).removesuffix("%")
+        parts.append(
+            tag(
+                "text",
+                shown,
+                x=x + (width - gap) / 2,
+                y=y + height / 2,
+                class_="strong" if cell.share > 0.52 else "weak",
+            )
+        )
+    if cell.alarm:
+        parts.append(tag("rect", class_="alarm", **box))
+    return tag("g", *parts, class_="cell", data_value=cell.share)
+
+
+def _bar(bar: Bar, y: float, step: float, at: Any, low: float, end: float) -> Markup:
+    middle, thick = y + step / 2, 20
+    label = tag("text", bar.label, x=0, y=middle, class_="label")
+    said = formats.perplexity(bar.value)
+    if bar.value is None:
+        return join(label, tag("text", "not measured", x=at(low) + 8, y=middle, class_="axis"))
+    known = formats.finite(bar.value)
+    x = at(max(bar.value, low)) if known else end
+    start, y0 = at(low), middle - thick / 2
+    width = max(2.0, x - start)
+    shape = _rounded_right(start, y0, width, thick)
+    drawn = tag("path", d=shape, class_=f"bar {bar.kind if known else 'broken'}")
+    note = tag("tspan", bar.note, class_="note", dx=8) if bar.note else None
+    text = tag("text", tag("tspan", said, class_="value"), note, x=x + 10, y=middle)
+    title = tag(
+        "title", f"{bar.group + ', ' if bar.group else ''}{bar.label}: {said}{' ' + bar.note if bar.note else ''}"
+    )
+    return tag("g", title, label, drawn, text, data_value=bar.value)
+
+
+def _rounded_right(x: float, y: float, width: float, height: float) -> str:
+    """Path of a rectangle whose right corners are round."""
+    r = min(4.0, width)
+    right, down = f"h{width - r:g}q{r:g},0 {r:g},{r:g}", f"v{height - 2 * r:g}q0,{r:g} -{r:g},{r:g}"
+    return f"M{x:g},{y:g}{right}{down}h-{width - r:g}z"
+
+
+def _grid_line(x: float, label: str, top: float, bottom: float) -> Markup:
+    return join(
+        tag("line", x1=x, x2=x, y1=top, y2=bottom + 4, class_="grid"),
+        tag("text", label, x=x, y=bottom + 20, text_anchor="middle", class_="axis"),
+    )
+
+
+def _baseline(baseline: tuple[str, float], x: float, bottom: float) -> Markup:
+    label = f"{baseline[0]} {formats.perplexity(baseline[1])}"
+    return join(
+        tag("line", x1=x, x2=x, y1=20, y2=bottom + 4, class_="baseline"),
+        tag("text", label, x=x, y=10, text_anchor="middle", class_="axis"),
+    )
+
+
+def _row_line(y: float, label: str, left: float, right: float) -> Markup:
+    return join(
+        tag("line", x1=left, x2=right, y1=y, y2=y, class_="grid"),
+        tag("text", label, x=left - 12, y=y, text_anchor="end", class_="axis"),
+    )
+
+
+def _curve(item: Curve, to_x: Any, to_y: Any, label_x: float, placed: list[float]) -> Markup:
+    last_x, last_y = item.points[-1]
+    first_x, first_y = item.points[0]
+    span = f"{formats.tick(first_x)} to {formats.tick(last_x)}"
+    said = f"{item.label}: {first_y:.4g} to {last_y:.4g} over steps {span}"
+    parts = [tag("title", said)]
+    if item.dots:
+        for x, y in item.points:
+            title = tag("title", f"{item.label} {y:.4g} at {formats.tick(x)}")
+            parts.append(tag("circle", title, cx=to_x(x), cy=to_y(y), r=4.5, class_="dot", data_value=y))
+    else:
+        smooth = running_mean(item.points)
+        if smooth is not item.points:
+            parts.append(tag("path", d=_path(item.points, to_x, to_y), class_="raw"))
+        parts.append(tag("path", d=_path(smooth, to_x, to_y), class_="line"))
+        last_y = smooth[-1][1]
+    if item.label:
+        y = _free_place(to_y(last_y), placed)
+        parts.append(tag("text", item.label, x=label_x, y=y, class_="name"))
+    return tag("g", *parts, class_=f"series s{item.hue % 6}")
+
+
+def _free_place(y: float, placed: list[float]) -> float:
+    """The nearest height below `y` where a label does not run into those `placed`; it is added to them."""
+    while any(abs(y - other) < 17 for other in placed):
+        y += 3
+    placed.append(y)
+    return y
+
+
+def running_mean(points: Sequence[tuple[float, float]]) -> Sequence[tuple[float, float]]:
+    """Mean over a centred window of a tenth of the points, shorter at the ends; the points themselves below 30."""
+    if len(points) < 30:
+        return points
+    sums = [0.0]
+    for _, y in points:
+        sums.append(sums[-1] + y)
+    out = []
+    for i, (x, _) in enumerate(points):
+        reach = min(i, len(points) - 1 - i, len(points) // 20)
+        out.append((x, (sums[i + reach + 1] - sums[i - reach]) / (2 * reach + 1)))
+    return out
+
+
+def _path(points: Sequence[tuple[float, float]], to_x: Any, to_y: Any) -> str:
+    return "M" + "L".join(f"{to_x(x):g},{to_y(y):g}" for x, y in points)

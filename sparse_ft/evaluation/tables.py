@@ -1,0 +1,97 @@
+"""The tables of a report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sparse_ft.evaluation import formats
+from sparse_ft.evaluation.markup import Markup, join, tag
+
+Row = Mapping[str, Any]
+
+
+def number_cell(value: Any, shown: str, tone: str | None = None) -> Markup:
+    """A table cell with a number as people read it, carrying the number that is in the JSON."""
+    return tag("td", tag("data", shown, value=value) if value is not None else shown, class_=tone)
+
+
+def sparsity_tables(numbers: Mapping[str, Any]) -> Sequence[Markup]:
+    """Totals by kind of weight and by block side by side, then every tensor folded away."""
+    total = numbers["sparsity"]
+    names = {"by_role": ("By kind of weight", "role"), "by_block": ("By block", "block")}
+    pair = [
+        _counts_table(numbers[key], caption, label, total, tensors=False) for key, (caption, label) in names.items()
+    ]
+    count = len(numbers["tensors"])
+    summary = tag("summary", f"Every tensor ({formats.count(count)})")
+    every = _counts_table(numbers["tensors"], None, "name", total, tensors=True)
+    return [tag("div", *pair, class_="pair"), tag("details", summary, every)]
+
+
+def comparison_table(rows: Sequence[Row]) -> Markup:
+    """One line per model under a heading per group; the best perplexity among those that kept their zeros is bold."""
+    best: dict[str, float] = {}
+    for row in rows:
+        if formats.finite(row["perplexity"]) and row["kind"] not in ("dense", "broken"):
+            best[row["group"]] = min(best.get(row["group"], row["perplexity"]), row["perplexity"])
+    timed = any(row["seconds"] is not None for row in rows)
+    head = ["Model", "Sparsity", "Perplexity", "Gap won back", "Revived"] + (["Seconds"] if timed else [])
+    body: list[Markup] = []
+    previous = ""
+    for row in rows:
+        if row["group"] != previous:
+            body.append(tag("tr", tag("th", row["group"], colspan=len(head), scope="colgroup"), class_="group"))
+            previous = row["group"]
+        is_best = row["kind"] not in ("dense", "broken") and row["perplexity"] == best.get(row["group"])
+        body.append(tag("tr", *_comparison_cells(row, timed), class_="best" if is_best else None))
+    return _table(None, head, body)
+
+
+def _comparison_cells(row: Row, timed: bool) -> list[Markup]:
+    ppl, won_back, revived = row["perplexity"], row["recovered"], row["revived"]
+    cells = [
+        tag("th", row["label"], scope="row", class_="text"),
+        number_cell(row["sparsity"], formats.percent(row["sparsity"]), "bad" if row["kind"] == "broken" else None),
+        number_cell(ppl, "–" if ppl is None else formats.perplexity(ppl)),
+        number_cell(won_back, "" if won_back is None else formats.percent(won_back, 1)),
+        number_cell(revived, "" if revived is None else formats.count(revived), "bad" if revived else None),
+    ]
+    if timed:
+        cells.append(number_cell(row["seconds"], "" if row["seconds"] is None else f"{row['seconds']:,.1f}"))
+    return cells
+
+
+def _counts_table(rows: Sequence[Row], caption: str | None, label: str, total: Row, *, tensors: bool) -> Markup:
+    head = [{"role": "Weight", "block": "Block", "name": "Tensor"}[label]]
+    head += ["Shape", "Pattern"] if tensors else []
+    head += ["Kept", "Total", "Sparsity", "Kept but zero", "Revived"]
+    body = [tag("tr", *_count_cells(row, row[label] or "outside blocks", tensors)) for row in rows]
+    foot = tag("tr", *_count_cells(total, "All", tensors))
+    return _table(caption, head, body, foot)
+
+
+def _count_cells(row: Row, label: str, tensors: bool) -> list[Markup]:
+    cells = [tag("th", label, scope="row", class_="text")]
+    if tensors:
+        cells += [tag("td", " × ".join(str(size) for size in row["shape"])), tag("td", row["pattern"])]
+    return [
+        *cells,
+        number_cell(row["kept"], formats.count(row["kept"])),
+        number_cell(row["total"], formats.count(row["total"])),
+        number_cell(row["sparsity"], formats.percent(row["sparsity"])),
+        number_cell(row["kept_but_zero"], formats.count(row["kept_but_zero"])),
+        number_cell(row["revived"], formats.count(row["revived"]), "bad" if row["revived"] else None),
+    ]
+
+
+def _table(caption: str | None, head: Sequence[str], body: Sequence[Markup], foot: Markup | None = None) -> Markup:
+    titles = [tag("th", name, scope="col", class_="text" if i == 0 else None) for i, name in enumerate(head)]
+    table = tag(
+        "table",
+        tag("caption", caption) if caption else None,
+        tag("thead", tag("tr", *titles)),
+        tag("tbody", *body),
+        tag("tfoot", foot) if foot else None,
+    )
+    return join(tag("div", table, class_="scroll", tabindex="0"))
