@@ -16,7 +16,7 @@ help:
 	@echo "make test   the CPU test suite"
 	@echo "make lint   ruff, format check and mypy"
 	@echo "make docs   tables and plots from docs/results, then the site in site/"
-	@echo "make bench  every script in tests/benchmarks"
+	@echo "make bench  every benchmark and quality script in tests/benchmarks (hours)"
 
 demo: $(STAMP)
 	$(BIN)/sparse-ft demo
@@ -34,7 +34,7 @@ docs: $(STAMP)
 	$(BIN)/mkdocs build --strict
 
 bench: $(STAMP)
-	@for script in tests/benchmarks/*.py; do \
+	@for script in tests/benchmarks/bench_*.py tests/benchmarks/quality_*.py; do \
 		echo "== $$script"; $(BIN)/python $$script || exit 1; \
 	done
 

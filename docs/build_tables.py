@@ -3,45 +3,54 @@
     python docs/build_tables.py            # writes docs/_generated/ and the block between the README's markers
     python docs/build_tables.py --check    # writes nothing; exit code 1 if the README's block is out of date
 
-A result file is `{script, command, commit, versions, machine, protocol, seeds, rows: [{column: value}, …]}`. A number
-in a page that did not pass through here is a mistake.
+A result file is `{script, command, commit, versions, machine, protocol, seeds, rows: [{column: value}, …]}`. Rows that
+differ in `seed` only (among the columns up to it) are joined: mean, and least to greatest in brackets. A number in a
+page that did not pass through here is a mistake.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import importlib
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 DOCS = Path(__file__).resolve().parent
+ROOT = DOCS.parent
 RESULTS = DOCS / "results"
 GENERATED = DOCS / "_generated"
-README = DOCS.parent / "README.md"
+README = ROOT / "README.md"
 BEGIN, END = "<!-- result: begin -->", "<!-- result: end -->"
 
-# page of a method -> the words that its rows carry in a `method` column
+ONE_SHOT = "one_shot/llama_wt2"
+RETRAINING = "retraining/llama_wt2"
+
+# page of a method -> how the rows of its `method` column begin
 METHOD_PAGES = {
-    "magnitude": ("magnitude",),
-    "random": ("random",),
-    "wanda": ("wanda",),
-    "sparsegpt": ("sparsegpt",),
-    "mask_lora": ("mask_lora", "masklora"),
-    "mask_callback": ("full", "mask_callback"),
+    "magnitude": "magnitude",
+    "random": "random",
+    "wanda": "wanda",
+    "sparsegpt": "sparsegpt",
+    "mask_lora": "mask_lora",
+    "mask_callback": "full",
+}
+
+# method of a retraining row -> how the README calls it
+AFTER_PRUNING = {
+    "lora": "then an ordinary LoRA, merged",
+    "mask_lora": "then **MaskLoRA**, merged",
+    "full": "then full fine-tuning with **MaskCallback**",
 }
 
 Row = dict[str, Any]
 Result = dict[str, Any]
 
 
-def read_results() -> dict[str, Result]:
-    """Every result file by `topic/name`, in alphabetical order."""
-    return {
-        path.relative_to(RESULTS).with_suffix("").as_posix(): json.loads(path.read_text(encoding="utf-8"))
-        for path in sorted(RESULTS.glob("*/*.json"))
-    }
+# -- cells and tables --------------------------------------------------------------------------------------------------
 
 
 def cell(value: Any) -> str:
@@ -57,58 +66,264 @@ def cell(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return ", ".join(cell(item) for item in value)
     if isinstance(value, dict):
-        return ", ".join(f"{key} {cell(item)}" for key, item in value.items())
+        return ", ".join(f"{key} {cell(item)}" for key, item in value.items() if item is not None)
     return str(value).replace("|", "\\|").replace("\n", " ")
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Rows as a markdown table; the columns are all keys in order of appearance, the header is the key in words."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    numeric = {c: all(isinstance(row.get(c), (int, float, type(None))) for row in rows) for c in columns}
+    """Rows as a markdown table; columns are all keys in order of appearance, without those that are empty throughout."""
+    columns = [
+        c for c in dict.fromkeys(key for row in rows for key in row) if any(row.get(c) is not None for row in rows)
+    ]
+    left = {c for c in columns if any(isinstance(row.get(c), str) and not _is_number(row[c]) for row in rows)}
     lines = [
         "| " + " | ".join(column.replace("_", " ") for column in columns) + " |",
-        "|" + "|".join("---:" if numeric[column] else "---" for column in columns) + "|",
+        "|" + "|".join("---" if column in left else "---:" for column in columns) + "|",
     ]
     lines += ["| " + " | ".join(cell(row.get(column)) for column in columns) + " |" for row in rows]
     return "\n".join(lines)
 
 
+def _is_number(text: str) -> bool:
+    return text[:1].isdigit() or text == "–"
+
+
+def over_seeds(rows: Sequence[Row]) -> list[Row]:
+    """Join the rows that differ in `seed` only; columns before `seed` are what was varied, those after it results."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        keys = list(row)[: list(row).index("seed")] if "seed" in row else list(row)
+        groups.setdefault(tuple((k, row[k]) for k in keys), []).append(row)
+    return [_joined(group) for group in groups.values()]
+
+
+def _joined(group: Sequence[Row]) -> Row:
+    joined: Row = {}
+    for column, value in group[0].items():
+        values = [row.get(column) for row in group]
+        if column == "seed":
+            joined["runs"] = len(group)
+        elif all(v == value for v in values) or not all(isinstance(v, (int, float)) for v in values):
+            joined[column] = value
+        else:
+            joined[column] = f"{cell(sum(values) / len(values))} ({cell(min(values))}–{cell(max(values))})"
+    return joined
+
+
 def provenance(key: str, result: Result) -> str:
     """One small line: the file, the command, the machine, the protocol."""
-    facts = [f"`docs/results/{key}.json`"]
-    if result.get("command"):
-        facts.append(f"made by `{result['command']}`")
-    if result.get("machine"):
-        facts.append(f"machine: {cell(result['machine'])}")
-    if result.get("protocol"):
-        facts.append(f"protocol: {cell(result['protocol'])}")
-    if result.get("seeds"):
-        facts.append(f"seeds: {cell(result['seeds'])}")
-    if result.get("commit"):
-        facts.append(f"commit {str(result['commit'])[:10]}")
+    facts = [f"`docs/results/{key}.json`", f"made by `{result['command']}`"]
+    for name in ("protocol", "machine", "seeds", "commit"):
+        if result.get(name):
+            facts.append(f"{name}: {cell(result[name])}")
     return "<small>" + " · ".join(facts) + "</small>"
 
 
 def section(key: str, result: Result, rows: Sequence[Row] | None = None) -> str:
-    """Table with its provenance below."""
-    return f"{table(result['rows'] if rows is None else rows)}\n\n{provenance(key, result)}\n"
+    """The table of a result file, its provenance below."""
+    view = VIEWS.get(key, over_seeds)
+    return f"{table(view(result['rows'] if rows is None else rows))}\n\n{provenance(key, result)}\n"
 
 
-def rows_of_method(result: Result, words: Iterable[str]) -> list[Row]:
-    """Rows whose `method` begins with one of the words, in any spelling of case, dashes and spaces."""
-    wanted = tuple(words)
-    return [
-        row
-        for row in result["rows"]
-        if str(row.get("method", "")).lower().replace("-", "_").replace(" ", "_").startswith(wanted)
-    ]
+# -- views of one file -------------------------------------------------------------------------------------------------
 
 
-def method_fragment(results: dict[str, Result], words: Iterable[str]) -> str:
-    """All rows of one method, file after file."""
+def pattern_label(row: Row) -> str:
+    """`80%` or `2:4`."""
+    return f"{row['sparsity']:.0%}" if row["pattern"] in ("unstructured", "dense") else row["pattern"]
+
+
+def perplexity_by_pattern(rows: Sequence[Row]) -> list[Row]:
+    """One line per method, one column per pattern."""
+    patterns = sorted({pattern_label(row) for row in rows}, key=lambda label: (":" in label, label))
+    lines: dict[str, Row] = {}
+    for row in over_seeds(rows):
+        line = lines.setdefault(row["method"], {"method": row["method"], **dict.fromkeys(patterns)})
+        line[pattern_label(row)] = row["perplexity"]
+    return list(lines.values())
+
+
+VIEWS: dict[str, Callable[[Sequence[Row]], list[Row]]] = {ONE_SHOT: perplexity_by_pattern}
+
+
+def plot_one_shot(result: Result, path: Path) -> None:
+    """Perplexity against sparsity, a line per method, for the unstructured patterns."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "sparse_ft"
+    from matplotlib import pyplot
+
+    lines: dict[str, dict[float, list[float]]] = {}
+    for row in result["rows"]:
+        if row["pattern"] == "unstructured":
+            lines.setdefault(row["method"], {}).setdefault(row["sparsity"], []).append(row["perplexity"])
+    figure, axes = pyplot.subplots(figsize=(7, 4.2))
+    for method, points in lines.items():
+        at = sorted(points)
+        axes.plot(at, [sum(points[s]) / len(points[s]) for s in at], marker="o", markersize=4, label=method)
+    dense = [row["perplexity"] for row in result["rows"] if row["method"] == "dense"]
+    if dense:
+        axes.axhline(dense[0], color="grey", linewidth=1, linestyle=":", label="dense")
+    axes.set(xlabel="sparsity", ylabel="perplexity (log scale)", yscale="log")
+    axes.xaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1, decimals=0))
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
+
+
+# -- fragments ---------------------------------------------------------------------------------------------------------
+
+
+def method_fragment(results: dict[str, Result], beginning: str) -> str:
+    """All rows of one method, file after file, beside the dense model where the file has it."""
     parts = []
     for key, result in results.items():
-        rows = rows_of_method(result, words)
+        rows = [r for r in result["rows"] if str(r.get("method", "")).startswith(beginning)]
         if rows:
-            parts.append(f"**{key.split('/')[1].replace('_', ' ')}**\n\n{section(key, result, rows)}")
+            dense = [r for r in result["rows"] if r.get("method") == "dense"]
+            parts.append(f"**{title(key)}**\n\n{section(key, result, dense + rows)}")
     return "\n".join(parts) or "No measurement of this method is in `docs/results`.\n"
+
+
+def results_fragment(results: dict[str, Result]) -> str:
+    """Every table, one heading per file."""
+    parts = []
+    for key, result in results.items():
+        picture = f"![Perplexity against sparsity](_generated/{key}.svg)\n\n" if key == ONE_SHOT else ""
+        parts.append(f"## {title(key)}\n\n{picture}{section(key, result)}")
+    return "\n".join(parts) or "No measurement is in `docs/results`.\n"
+
+
+def title(key: str) -> str:
+    """`one_shot/llama_wt2` as a heading."""
+    topic, name = key.split("/")
+    return f"{topic.replace('_', ' ').capitalize()}: {name.replace('_', ' ')}"
+
+
+def readme_fragment(results: dict[str, Result]) -> str:
+    """The one result of the README: perplexity and zeros after pruning, ordinary LoRA, MaskLoRA, full fine-tuning."""
+    if RETRAINING not in results:
+        return ""
+    result = results[RETRAINING]
+    dense = next(row for row in result["rows"] if row["method"] == "dense")
+    first = next(row for row in result["rows"] if row["method"] == "mask_lora")
+    same = ("pattern", "sparsity", "steps", "seed")
+    by_method = {row["method"]: row for row in result["rows"] if all(row[key] == first[key] for key in same)}
+    pruned = f"pruned to {first['sparsity']:.0%} by magnitude"
+    lines = [
+        ("dense model", dense["perplexity"], 0.0),
+        (pruned, first["pruned_perplexity"], first["sparsity"]),
+        *(
+            (label, by_method[method]["perplexity"], by_method[method]["merged_sparsity"])
+            for method, label in AFTER_PRUNING.items()
+            if method in by_method
+        ),
+    ]
+    rows = [{"WikiText-2": name, "perplexity": value, "zeros": f"{zeros:.1%}"} for name, value, zeros in lines]
+    file = f"docs/results/{RETRAINING}.json"
+    return (
+        f"{table(rows)}\n\n"
+        f"<small>A small Llama on a CPU, {first['steps']} steps; {result['protocol']['training']}; made by "
+        f"`{result['command']}`, all rows in [`{file}`]({file}).</small>"
+    )
+
+
+def names_fragment() -> str:
+    """The lazy top-level names and the room each comes from."""
+    import sparse_ft
+
+    rows = [{"name": f"`sparse_ft.{name}`", "from": f"`sparse_ft.{room}`"} for name, room in sparse_ft._ROOM_OF.items()]
+    return table(rows) + "\n"
+
+
+def commands_fragment() -> str:
+    """Options of every verb, read from the dataclasses that parse them."""
+    from sparse_ft.cli.main import VERBS
+
+    parts = []
+    for verb, (module, text) in VERBS.items():
+        parts.append(f"## {verb}\n\n{text[0].upper()}{text[1:]}.\n")
+        groups = importlib.import_module(module).GROUPS
+        for group in groups:
+            if not group.__module__.startswith("sparse_ft."):
+                parts.append(
+                    f"Every field of `{group.__module__.split('.')[0]}.{group.__name__}`, as it is called there.\n"
+                )
+                continue
+            parts.append(f"{table([option_row(entry) for entry in dataclasses.fields(group)])}\n")
+    return "\n".join(parts)
+
+
+def option_row(entry: dataclasses.Field[Any]) -> Row:
+    """One option as a table row."""
+    default: Any = entry.default
+    if entry.default_factory is not dataclasses.MISSING:
+        default = entry.default_factory()
+    if default is dataclasses.MISSING:
+        shown = "required"
+    else:
+        shown = "–" if default in (None, [], "") else f"`{default}`"
+    return {"option": f"`--{entry.name}`", "default": shown, "meaning": str(entry.metadata.get("help", ""))}
+
+
+def for_site(text: str) -> str:
+    """A page of the repository's root as a fragment of the site: its links lose the docs/ folder."""
+    results = text.replace(f"](docs/results/{RETRAINING}.json)", "](results.md)")
+    return results.replace("](docs/", "](").replace("](CONTRIBUTING.md)", "](contributing.md)")
+
+
+def with_block(text: str, block: str) -> str:
+    """The README with `block` between its markers."""
+    before, rest = text.split(BEGIN)
+    _, after = rest.split(END)
+    return f"{before}{BEGIN}\n{block}\n{END}{after}" if block else f"{before}{BEGIN}\n{END}{after}"
+
+
+def read_results() -> dict[str, Result]:
+    """Every result file by `topic/name`, in alphabetical order."""
+    return {
+        path.relative_to(RESULTS).with_suffix("").as_posix(): json.loads(path.read_text(encoding="utf-8"))
+        for path in sorted(RESULTS.glob("*/*.json"))
+    }
+
+
+def fragments(results: dict[str, Result], readme: str) -> Iterable[tuple[str, str]]:
+    """(file name in docs/_generated, text) of everything the pages include."""
+    yield "results.md", results_fragment(results)
+    yield "names.md", names_fragment()
+    yield "commands.md", commands_fragment()
+    yield "readme_body.md", for_site(readme)
+    yield "contributing_body.md", for_site((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
+    for page, beginning in METHOD_PAGES.items():
+        yield f"method_{page}.md", method_fragment(results, beginning)
+
+
+def main() -> int:
+    """Write everything, or only check the README."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing, fail if the README is out of date")
+    check = parser.parse_args().check
+    results = read_results()
+    old = README.read_text(encoding="utf-8")
+    new = with_block(old, readme_fragment(results))
+    if check:
+        if new != old:
+            print("The result in README.md is out of date; run `make docs`.", file=sys.stderr)
+        return int(new != old)
+    GENERATED.mkdir(exist_ok=True)
+    for name, text in fragments(results, new):
+        (GENERATED / name).write_text(text, encoding="utf-8")
+    if ONE_SHOT in results:
+        picture = GENERATED / f"{ONE_SHOT}.svg"
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        plot_one_shot(results[ONE_SHOT], picture)
+    if new != old:
+        README.write_text(new, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
