@@ -1,0 +1,315 @@
+"""`MaskCallback`: full fine-tuning and adapter training with `Trainer` or `SFTTrainer`, pruned weights exactly zero.
+
+With mask m, weight w and the gradient g summed over micro-batches, one optimizer step is
+
+    g <- g * m;   clip g;   w <- step(w, g);   [ w <- w * m ]
+
+The gradient is masked by a hook when backward has added to it, so clipping and the logged norm see live weights only.
+An optimizer that treats each weight by itself (`ELEMENTWISE_OPTIMIZERS`) then leaves a zero weight with zero gradient
+and zero state at zero, weight decay included, and nothing more is paid for. After any other optimizer (Adafactor, Muon,
+8-bit states, your own) the weight is masked too, by a hook that fires when its `step` returns.
+
+A mask costs one byte per weight on the weight's device while training: 0 or -1 as int8. AND with the bits of a float
+keeps or clears it, whatever its width, since -1 is extended to all ones; unlike a product it clears Inf and NaN too.
+
+Example:
+    >>> masks = sparse_ft.prune(model, pattern="2:4", method="wanda", calibration=batches)
+    >>> trainer = Trainer(model=model, ..., callbacks=[MaskCallback(masks)])
+    >>> trainer.train(resume_from_checkpoint=latest_complete_checkpoint(arguments.output_dir))
+
+Limits: one process without DeepSpeed or FSDP; the Trainer's optimizer may not step inside backward (LOMO).
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+from accelerate import PartialState
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from sparse_ft.checkpoints import make_record, write_sidecars
+from sparse_ft.masks import MASKS_FILE, MaskSet
+from sparse_ft.models.names import canonical_name, named_weights
+
+# Their update of a weight reads nothing but this weight, its gradient and its state, and is 0 where all three are 0.
+# Subclasses are not members: they may do anything.
+ELEMENTWISE_OPTIMIZERS: set[type[torch.optim.Optimizer]] = {
+    torch.optim.ASGD,
+    torch.optim.Adadelta,
+    torch.optim.Adagrad,
+    torch.optim.Adam,
+    torch.optim.AdamW,
+    torch.optim.Adamax,
+    torch.optim.NAdam,
+    torch.optim.RAdam,
+    torch.optim.RMSprop,
+    torch.optim.Rprop,
+    torch.optim.SGD,
+}
+# PEFT types whose update of a weight is dense: it is no longer sparse once they are merged.
+_DENSE_ADAPTERS = {"LORA", "ADALORA"}
+_INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def keep_bits(mask: Tensor) -> Tensor:
+    """The mask as `mask_` wants it: int8 of the same shape, -1 where kept and 0 where pruned."""
+    return mask.to(torch.int8).neg_()
+
+
+@torch.no_grad()
+def mask_(tensor: Tensor, bits: Tensor) -> None:
+    """Set the pruned entries of a real tensor to +0 in place, also Inf and NaN; the others keep every bit.
+
+    Args:
+        tensor: floating point of any width, any shape.
+        bits: `keep_bits(mask)` of the same shape.
+    """
+    tensor.detach().view(_INTEGER_OF_SIZE[tensor.element_size()]).bitwise_and_(bits)
+
+
+def base_optimizer(optimizer: Any) -> torch.optim.Optimizer:
+    """The optimizer that owns the update: what is left without accelerate's (and later other) wrappers."""
+    while isinstance(optimizer, AcceleratedOptimizer) or not isinstance(optimizer, torch.optim.Optimizer):
+        if not hasattr(optimizer, "optimizer"):
+            raise ValueError(
+                f"MaskCallback needs a torch.optim.Optimizer, got {type(optimizer).__name__}; wrap it in one."
+            )
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def keeps_zeros(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether weights that are 0, with gradient and state 0, are exactly 0 after a step.
+
+    True for `ELEMENTWISE_OPTIMIZERS`, unless an `eps` is 0 in the weights' dtype: then Adam divides 0 by 0.
+    """
+    if type(optimizer) not in ELEMENTWISE_OPTIMIZERS:
+        return False
+    return all(
+        torch.tensor(float(group.get("eps", 1.0)), dtype=parameter.dtype) > 0
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    )
+
+
+class _Sparsity(NamedTuple):
+    """Measured: share of zeros over the masked weights, and how many zeros are kept weights."""
+
+    total: float
+    kept_zero: int
+
+
+class MaskCallback(TrainerCallback):
+    """Keep pruned weights exactly zero while `Trainer` or `SFTTrainer` trains, and check that they are.
+
+    Checked at the start, after the first step, at each evaluation and save, and at the end (after
+    `load_best_model_at_end`). A step that is to be saved is checked before the checkpoint is written. Each
+    `checkpoint-N` gets `sparse_masks.safetensors` and `sparse_ft.json`, so it is a sparse checkpoint itself.
+
+    Each log of the Trainer gains `sparsity/total` (share of zeros in the masked weights, as last measured) and
+    `sparsity/kept_zero` (kept weights that are zero). They are in `trainer.state.log_history`, in `trainer_state.json`
+    and on the console. The Trainer calls its own reporters before any callback of yours; a reporter that shall show
+    them goes behind this one: `report_to="none", callbacks=[MaskCallback(masks), TensorBoardCallback()]`.
+
+    Frozen weights (under an adapter) are checked, not enforced. Weights whose mask is all True cost nothing. One
+    callback can serve several `train()` calls. If training ends by an exception its hooks stay until the next
+    `train()`, `remove_hooks()`, or until the callback is garbage.
+
+    Args:
+        masks: the masks; None takes the zeros of the model when training begins (on resuming, the masks that the
+            checkpoint of that step in `output_dir` carries).
+
+    Raises (from `trainer.train()`):
+        ValueError: before the first step, if a mask's tensor is absent or of another shape, masks is None and the model
+            is dense, or there is more than one process.
+        RuntimeError: if a pruned weight is not zero.
+    """
+
+    def __init__(self, masks: MaskSet | None = None) -> None:
+        self.masks = masks
+        self._measured: _Sparsity | None = None
+        self._check_next_step = False
+        self._handles: list[RemovableHandle] = []
+        # Hooks sit on the parameters and would outlive the callback; they hold no reference to it.
+        weakref.finalize(self, _remove_all, self._handles)
+
+    def remove_hooks(self) -> None:
+        """Take the hooks off the model and the optimizer. Training on without them revives pruned weights."""
+        _remove_all(self._handles)
+
+    # -- Trainer's events --------------------------------------------------------------------------------------------
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Check masks against the model, then place the hooks."""
+        self.remove_hooks()
+        _refuse_several_processes(args)
+        model, optimizer = kwargs["model"], base_optimizer(kwargs["optimizer"])
+        if self.masks is None:
+            self.masks = _masks_of(model, args, state)
+        self._measured = self._check(model, "when training begins", fix="set them to zero with masks.apply_(model)")
+        self._check_next_step = True
+        _warn_of_dense_adapter(self.masks, model)
+        bits = _bits_of_trainable(self.masks, model)
+        for parameter, keep in bits:
+            _mask_state(optimizer, parameter, keep)
+            self._handles.append(parameter.register_post_accumulate_grad_hook(partial(_mask_gradient, keep)))
+        if bits and not keeps_zeros(optimizer):
+            self._handles.append(optimizer.register_step_post_hook(partial(_mask_weights, bits)))
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Check after the first step, and before a checkpoint is written."""
+        if control.should_save or self._check_next_step:
+            self._measured = self._check(kwargs["model"], f"after step {state.global_step}")
+            self._check_next_step = False
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Check before a checkpoint is written."""
+        if control.should_save:
+            self._measured = self._check(kwargs["model"], f"after step {state.global_step}")
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Measure and check."""
+        if self._measured is not None:
+            self._measured = self._check(kwargs["model"], f"after step {state.global_step}")
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Check, and write the sidecars into the checkpoint just written."""
+        self._measured = self._check(kwargs["model"], f"at the save of step {state.global_step}")
+        checkpoint = _checkpoint_of(args, state)
+        if args.should_save and checkpoint.is_dir():  # a hyperparameter search saves elsewhere
+            _write_sidecars(checkpoint, self._known_masks(), kwargs["model"], state)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Add the last measurement to the entry just logged."""
+        if self._measured is None:
+            return
+        values = {"sparsity/total": self._measured.total, "sparsity/kept_zero": self._measured.kept_zero}
+        kwargs["logs"].update(values)
+        if state.log_history:
+            state.log_history[-1].update(values)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Remove the hooks and check the model that the user gets."""
+        self.remove_hooks()
+        self._check(kwargs["model"], "at the end of training")
+        self._measured = None
+
+    # -- checking ----------------------------------------------------------------------------------------------------
+
+    def _known_masks(self) -> MaskSet:
+        if self.masks is None:
+            raise RuntimeError("MaskCallback has no masks yet: they are taken when training begins.")
+        return self.masks
+
+    def _check(
+        self,
+        model: nn.Module,
+        when: str,
+        fix: str = "find what writes weights outside the optimizer's step (another callback, an optimizer that updates "
+        "inside backward)",
+    ) -> _Sparsity:
+        """Measure the sparsity; RuntimeError if a pruned weight is not zero, ValueError if a tensor does not fit."""
+        masks = self._known_masks()
+        surprises = masks.surprises(model)
+        revived = {name: s.pruned_nonzero for name, s in surprises.items() if s.pruned_nonzero}
+        if revived:
+            name = next(iter(revived))
+            raise RuntimeError(
+                f"{sum(revived.values())} pruned weights in {len(revived)} tensors are not zero, the first "
+                f"{revived[name]} in '{name}', {when}; {fix}."
+            )
+        kept_zero = sum(s.kept_zero for s in surprises.values())
+        total = sum(total for _, total in masks.counts().values())
+        return _Sparsity(masks.sparsity() + kept_zero / total, kept_zero)
+
+
+def _remove_all(handles: list[RemovableHandle]) -> None:
+    while handles:
+        handles.pop().remove()
+
+
+def _mask_gradient(bits: Tensor, parameter: Tensor) -> None:
+    if parameter.grad is not None:  # an optimizer that steps inside backward has taken it
+        mask_(parameter.grad, bits)
+
+
+def _mask_weights(
+    pairs: list[tuple[nn.Parameter, Tensor]], optimizer: torch.optim.Optimizer, args: Any, kwargs: Any
+) -> None:
+    for parameter, bits in pairs:
+        mask_(parameter, bits)
+
+
+def _mask_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, bits: Tensor) -> None:
+    """Clear moments of pruned weights, left by training without masks: they would move the weight off zero."""
+    for value in optimizer.state.get(parameter, {}).values():
+        if isinstance(value, Tensor) and value.shape == parameter.shape and value.is_floating_point():
+            mask_(value, bits.to(value.device))
+
+
+def _bits_of_trainable(masks: MaskSet, model: nn.Module) -> list[tuple[nn.Parameter, Tensor]]:
+    """The parameters to enforce, with their bits on the same device. A shared parameter has one name, so one entry."""
+    weights, pairs = named_weights(model), []
+    for name, (kept, total) in masks.counts().items():
+        parameter = cast(nn.Parameter, weights[name])
+        if parameter.requires_grad and kept < total:
+            pairs.append((parameter, keep_bits(masks[name].to(parameter.device))))
+    return pairs
+
+
+def _refuse_several_processes(args: TrainingArguments) -> None:
+    kind = str(PartialState().distributed_type.value)
+    if args.world_size > 1 or kind in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
+        raise ValueError(
+            f"MaskCallback works in one process without sharding, got {args.world_size} processes and {kind}; "
+            f"start the script with plain `python`."
+        )
+
+
+def _checkpoint_of(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(cast(str, args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+
+
+def _masks_of(model: nn.Module, args: TrainingArguments, state: TrainerState) -> MaskSet:
+    """The masks a resumed run was saved with: kept weights may have become zero since. Otherwise the model's zeros."""
+    checkpoint = _checkpoint_of(args, state)
+    if state.global_step > 0 and (checkpoint / MASKS_FILE).is_file():
+        return MaskSet.load(checkpoint)
+    return MaskSet.from_zeros(model)
+
+
+def _write_sidecars(checkpoint: Path, masks: MaskSet, model: nn.Module, state: TrainerState) -> None:
+    if hasattr(model, "peft_config") and (checkpoint / MASKS_FILE).is_file():
+        return  # a masked adapter has saved the masks it was made with
+    arguments = {"step": state.global_step, "max_steps": state.max_steps}
+    write_sidecars(checkpoint, masks, make_record(masks, model, command="train", arguments=arguments))
+
+
+def _warn_of_dense_adapter(masks: MaskSet, model: nn.Module) -> None:
+    kinds = {
+        name: str(getattr(config.peft_type, "value", config.peft_type))
+        for name, config in getattr(model, "peft_config", {}).items()
+    }
+    dense = [name for name, kind in kinds.items() if kind in _DENSE_ADAPTERS]
+    adapted = {name.partition(".lora_")[0] for name, _ in model.named_parameters() if ".lora_" in name}
+    if dense and any(canonical_name(f"{module}.weight") in masks for module in adapted):
+        warnings.warn(
+            f"Adapter '{dense[0]}' ({kinds[dense[0]]}) updates pruned layers densely and merging it will revive their "
+            f"zeros; use sparse_ft.MaskLoraConfig to keep them.",
+            stacklevel=2,
+        )

@@ -1,0 +1,549 @@
+"""Real `Trainer` runs on tiny models: pruned weights stay exactly zero and live weights train as if alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import TINY
+from transformers import PreTrainedModel, Trainer, TrainerCallback
+
+from sparse_ft.masks import MaskSet
+from sparse_ft.models import named_weights
+from sparse_ft.training import MaskCallback
+from sparse_ft.training.mask_callback import ELEMENTWISE_OPTIMIZERS, base_optimizer, keep_bits, keeps_zeros, mask_
+
+SparseModel = Callable[..., tuple[PreTrainedModel, MaskSet]]
+MakeTrainer = Callable[..., Trainer]
+
+
+def copies(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    return {name: weight.detach().clone() for name, weight in named_weights(model).items()}
+
+
+def pruned_are_positive_zero(model: PreTrainedModel, masks: MaskSet) -> bool:
+    weights = named_weights(model)
+    return all(bool((weights[name].detach()[~mask] == 0).all()) for name, mask in masks.items())
+
+
+class AtEachStep(TrainerCallback):
+    """Calls a function with the model after every optimizer step."""
+
+    def __init__(self, function: Callable[[PreTrainedModel], None], event: str = "on_step_end") -> None:
+        setattr(self, event, lambda args, state, control, model, **kwargs: function(model))
+
+
+class RowMixer(torch.optim.Optimizer):
+    """Not element-wise: each row of the update is the row's mean gradient, as in a crude preconditioner."""
+
+    def __init__(self, parameters: Any, lr: float = 1e-2) -> None:
+        super().__init__(parameters, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    mean = parameter.grad.mean(-1, keepdim=True)
+                    parameter.add_(parameter.grad + mean, alpha=-group["lr"])
+
+
+# -- the masking itself ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_mask_clears_pruned_and_keeps_every_bit_of_the_rest(dtype: torch.dtype, transposed: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(33, 17, generator=generator)
+    values[0, :6] = torch.tensor([math.nan, math.inf, -math.inf, -0.0, 1e-40, -1e-8])
+    values[1, :6] = values[0, :6]
+    mask = torch.rand(33, 17, generator=generator) < 0.5
+    mask[0, :6], mask[1, :6] = True, False
+    tensor = values.to(dtype)
+    expected = [
+        bits if keep else 0
+        for bits, keep in zip(tensor.view(integer_of(dtype)).flatten().tolist(), mask.flatten().tolist(), strict=True)
+    ]
+    if transposed:
+        tensor, mask = tensor.T.contiguous().T, mask.T.contiguous().T
+    mask_(tensor, keep_bits(mask))
+    assert tensor.contiguous().view(integer_of(dtype)).flatten().tolist() == expected
+
+
+def integer_of(dtype: torch.dtype) -> torch.dtype:
+    return {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}[dtype.itemsize]
+
+
+# -- zeros stay --------------------------------------------------------------------------------------------------------
+
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "adamw": {},
+    "accumulation": {"gradient_accumulation_steps": 4},
+    "clipping": {"max_grad_norm": 1e-3},
+    "no clipping": {"max_grad_norm": 0.0},
+    "bf16 autocast": {"bf16": True},
+    "activation checkpointing": {"activation_checkpointing": True},
+    "checkpointing, reentrant": {
+        "activation_checkpointing": True,
+        "activation_checkpointing_kwargs": {"use_reentrant": True},
+    },
+    "sgd with momentum": {"optim": "sgd", "optim_args": "momentum=0.9", "learning_rate": 0.5},
+    "adafactor": {"optim": "adafactor"},
+    "rmsprop": {"optim": "rmsprop"},
+    "fused adamw": {"optim": "adamw_torch_fused"},
+    "label smoothing": {"label_smoothing_factor": 0.1},
+    "epsilon zero": {"adam_epsilon": 0.0},
+}
+
+
+@pytest.mark.parametrize("case", ARGUMENTS)
+def test_zeros_survive_every_step(case: str, sparse_model: SparseModel, make_trainer: MakeTrainer) -> None:
+    model, masks = sparse_model()
+    before, exact = copies(model), []
+    watch = AtEachStep(lambda model: exact.append(pruned_are_positive_zero(model, masks)))
+    make_trainer(model, [watch, MaskCallback(masks)], **ARGUMENTS[case]).train()
+    assert exact == [True] * 6
+    moved = sum(int((weight != before[name]).sum()) for name, weight in copies(model).items() if name in masks)
+    kept = sum(kept for kept, _ in masks.counts().values())
+    if case != "epsilon zero":
+        assert moved > 0.9 * kept, "the live weights did not train"
+
+
+@pytest.mark.parametrize("name", sorted(TINY))
+def test_zeros_survive_in_every_architecture(name: str, sparse_model: SparseModel, make_trainer: MakeTrainer) -> None:
+    model, masks = sparse_model(name)
+    make_trainer(model, [MaskCallback(masks)], max_steps=3).train()
+    assert pruned_are_positive_zero(model, masks)
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adafactor", "sgd"])
+def test_zeros_survive_with_bf16_parameters(optim: str, sparse_model: SparseModel, make_trainer: MakeTrainer) -> None:
+    model, masks = sparse_model()
+    make_trainer(model.to(torch.bfloat16), [MaskCallback(masks)], optim=optim).train()
+    assert next(model.parameters()).dtype == torch.bfloat16
+    assert pruned_are_positive_zero(model, masks)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"optim": "adafactor"}, {"bf16": True}])
+def test_without_the_callback_the_zeros_are_lost(
+    arguments: dict[str, Any], sparse_model: SparseModel, make_trainer: MakeTrainer
+) -> None:
+    model, masks = sparse_model()
+    make_trainer(model, max_steps=2, **arguments).train()
+    pruned = sum(total - kept for kept, total in masks.counts().values())
+    assert sum(masks.revived(model).values()) > 0.9 * pruned
+
+
+def test_an_optimizer_that_mixes_elements(sparse_model: SparseModel, make_trainer: MakeTrainer) -> None:
+    model, masks = sparse_model()
+    optimizer = RowMixer(model.parameters())
+    make_trainer(model, [MaskCallback(masks)], optimizers=(optimizer, None)).train()
+    assert pruned_are_positive_zero(model, masks)
+
+
+def test_masking_the_gradient_alone_would_not_do_for_it(sparse_model: SparseModel) -> None:
+    model, masks = sparse_model()
+    weight = named_weights(model)["model.layers.0.mlp.up_proj.weight"]
+    weight.grad = torch.randn_like(weight) * masks["model.layers.0.mlp.up_proj.weight"]
+    RowMixer([weight]).step()
+    assert masks.revived(model)
+
+
+@pytest.mark.parametrize("kind", sorted(ELEMENTWISE_OPTIMIZERS, key=lambda kind: kind.__name__))
+def test_listed_optimizers_keep_zeros_with_masked_gradients_only(kind: type[torch.optim.Optimizer]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.rand(20, 30, generator=generator) < 0.4
+    weight = torch.nn.Parameter(torch.randn(20, 30, generator=generator) * mask)
+    options: dict[str, Any] = {"lr": 0.1}
+    if kind is not torch.optim.Rprop:
+        options["weight_decay"] = 0.1
+    if kind in (torch.optim.SGD, torch.optim.RMSprop):
+        options["momentum"] = 0.9
+    optimizer = kind([weight], **options)
+    assert keeps_zeros(optimizer)
+    for _ in range(20):
+        weight.grad = torch.randn(20, 30, generator=generator) * mask
+        optimizer.step()
+        assert bool((weight.detach()[~mask] == 0).all())
+    assert bool((weight.detach()[mask] != 0).all())
+
+
+def test_which_optimizers_are_masked_after_the_step() -> None:
+    weight = torch.nn.Parameter(torch.zeros(4, 4))
+
+    class MyAdam(torch.optim.AdamW):
+        pass
+
+    assert keeps_zeros(torch.optim.AdamW([weight]))
+    assert not keeps_zeros(MyAdam([weight])), "a subclass may do anything"
+    assert not keeps_zeros(torch.optim.AdamW([weight], eps=0.0))
+    half = torch.nn.Parameter(torch.zeros(4, 4, dtype=torch.float16))
+    assert not keeps_zeros(torch.optim.AdamW([half], eps=1e-8)), "1e-8 is 0 in float16"
+    assert not keeps_zeros(RowMixer([weight]))
+    with pytest.raises(ValueError, match=r"torch\.optim\.Optimizer, got int"):
+        base_optimizer(3)
+
+
+# -- live weights train as if alone ------------------------------------------------------------------------------------
+
+
+def reference_run(model: PreTrainedModel, masks: MaskSet, batches: list[Any], *, clip: float) -> list[float]:
+    """Textbook loop: sum the gradient of the mean loss, multiply by the mask, clip by hand, AdamW by hand."""
+    weights = {name: weight for name, weight in named_weights(model).items() if weight.requires_grad}
+    first = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+    second = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+    norms = []
+    for step, batch in enumerate(batches, start=1):
+        loss = model(**batch).loss
+        gradients = dict(zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True))
+        gradients = {n: g * masks[n] if n in masks else g for n, g in gradients.items()}
+        norm = math.sqrt(sum(float(g.double().pow(2).sum()) for g in gradients.values()))
+        norms.append(norm)
+        scale = min(1.0, clip / (norm + 1e-6))
+        for name, weight in weights.items():
+            gradient = gradients[name] * scale
+            first[name] = 0.9 * first[name] + 0.1 * gradient
+            second[name] = 0.999 * second[name] + 0.001 * gradient**2
+            update = (first[name] / (1 - 0.9**step)) / ((second[name] / (1 - 0.999**step)).sqrt() + 1e-8)
+            decay = 0.1 if weight.ndim > 1 else 0.0
+            with torch.no_grad():
+                weight.copy_(weight - 1e-2 * decay * weight - 1e-2 * update)
+    return norms
+
+
+class Recorder:
+    """What the Trainer gave the model, in its order."""
+
+    def __init__(self) -> None:
+        self.batches: list[dict[str, Any]] = []
+
+    def hook(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        self.batches.append(dict(kwargs))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
+def test_live_weights_follow_an_independent_loop(
+    name: str, sparse_model: SparseModel, make_trainer: MakeTrainer
+) -> None:
+    model, masks = sparse_model(name)
+    for dropout in [m for m in model.modules() if isinstance(m, torch.nn.Dropout)]:
+        dropout.p = 0.0
+    recorder = Recorder()
+    handle = model.register_forward_pre_hook(recorder.hook, with_kwargs=True)
+    trainer = make_trainer(model, [MaskCallback(masks)], max_grad_norm=0.5, adam_epsilon=1e-8)
+    trainer.train()
+    handle.remove()
+    reference, _ = sparse_model(name)
+    reference.eval()
+    norms = reference_run(reference, masks, recorder.batches, clip=0.5)
+    logged = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
+    assert logged == pytest.approx(norms, rel=2e-3), "the norm that clips must be the live gradients' own"
+    expected = named_weights(reference)
+    differences = torch.cat([(w.detach() - expected[n]).abs().flatten() for n, w in named_weights(model).items()])
+    # Adam divides a gradient by its own size: where gradients are rounding errors, single weights may part.
+    assert float(differences.detach().quantile(0.999)) < 1e-4
+    assert float(differences.detach().mean()) < 1e-5
+
+
+def test_the_clipped_norm_is_the_live_gradients(sparse_model: SparseModel, make_trainer: MakeTrainer) -> None:
+    """At the very moment of the step: norm(live) == max_grad_norm and nothing is left at pruned places."""
+    model, masks = sparse_model(sparsity=0.9)
+    seen: list[tuple[float, float]] = []
+
+    def look(model: PreTrainedModel) -> None:
+        weights = named_weights(model)
+        every = math.sqrt(sum(float(w.grad.double().pow(2).sum()) for w in weights.values()))  # type: ignore[union-attr]
+        dead = sum(float(weights[n].grad[~mask].abs().sum()) for n, mask in masks.items())  # type: ignore[index]
+        seen.append((every, dead))
+
+    watch = AtEachStep(look, event="on_pre_optimizer_step")
+    make_trainer(model, [watch, MaskCallback(masks)], max_grad_norm=1e-3).train()
+    assert [norm for norm, _ in seen] == pytest.approx([1e-3] * 6, rel=1e-3)
+    assert [dead for _, dead in seen] == [0.0] * 6
+
+
+def test_four_micro_batches_are_one_batch(sparse_model: SparseModel, make_trainer: MakeTrainer) -> None:
+    results = []
+    for arguments in (
+        {"per_device_train_batch_size": 8},
+        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
+    ):
+        model, masks = sparse_model()
+        make_trainer(model, [MaskCallback(masks)], rows=48, optim="sgd", learning_rate=0.5, **arguments).train()
+        results.append(copies(model))
+    for name, weight in results[0].items():
+        torch.testing.assert_close(weight, results[1][name], rtol=1e-4, atol=1e-6)
+
+
+# -- masks, models, optimizer state ------------------------------------------------------------------------------------
+
+
+def test_masks_are_taken_from_the_zeros(sparse_model: SparseModel, make_trainer: MakeTrainer) -> None:
+    model, masks = sparse_model()
+    callback = MaskCallback()
+    make_trainer(model, [callback]).train()
+    assert callback.masks == masks
+    masks.verify(model)
+
+
+def test_a_dense_model_is_refused(make_trainer: MakeTrainer) -> None:
+    with pytest.raises(ValueError, match="The model is dense"):
+        make_trainer(TINY["llama"](), [MaskCallback()]).train()
+
+
+def test_masks_of_another_shape_are_refused_before_the_first_step(
+    sparse_model: SparseModel, make_trainer: MakeTrainer
+) -> None:
+    model, _ = sparse_model()
+    name = "model.layers.0.mlp.up_proj.weight"
+    before = copies(model)
+    wrong = MaskSet({name: torch.ones(8, 32, dtype=torch.bool)})
+    with pytest.raises(ValueError, match=rf"'{name}' has shape \(8, 32\) but the weight has \(48, 32\)"):
+        make_trainer(model, [MaskCallback(wrong)]).train()
+    with pytest.raises(ValueError, match=r"no tensor 'transformer\.h\.0"):
+        make_trainer(model, [MaskCallback(sparse_model("gpt2")[1])]).train()
+    assert all(torch.equal(weight, before[name]) for name, weight in copies(model).items())
+
+
+def test_a_weight_revived_before_training_is_refused(sparse_model: SparseModel, make_trainer: MakeTrainer) -> None:
+    model, masks = sparse_model()
+    name = "model.layers.1.self_attn.k_proj.weight"
+    weight = named_weights(model)[name].detach()
+    weight[tuple((~masks[name]).nonzero()[0])] = 0.5
+    with pytest.raises(RuntimeError, match=rf"1 pruned weights in 1 tensors .* 1 in '{name}'.*masks\.apply_\(model\)"):
+        make_trainer(model, [MaskCallback(masks)]).train()
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD, RowMixer])
+def test_left_over_moments_do_not_revive(
+    kind: type[torch.optim.Optimizer], sparse_model: SparseModel, make_trainer: MakeTrainer
+) -> None:
+    """State of a run without masks, as a resumed or reused optimizer has it."""
+    model, masks = sparse_model()
+    options = {"momentum": 0.9} if kind is torch.optim.SGD else {}
+    optimizer = kind(model.parameters(), lr=0.01, **options)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    masks.apply_(model)
+    make_trainer(model, [MaskCallback(masks)], optimizers=(optimizer, None)).train()
+    assert pruned_are_positive_zero(model, masks)
+
+
+def test_non_finite_gradients_of_pruned_weights_are_nothing(
+    sparse_model: SparseModel, make_trainer: MakeTrainer
+) -> None:
+    model, masks = sparse_model()
+    name = "model.layers.0.mlp.up_proj.weight"
+    dead = torch.where(masks[name], 0.0, math.inf)
+    handle = named_weights(model)[name].register_hook(lambda gradient: gradient + dead)
+    make_trainer(model, [MaskCallback(masks)]).train()
+    handle.remove()
+    assert pruned_are_positive_zero(model, masks)
+    assert all(bool(weight.isfinite().all()) for weight in copies(model).values())
+
+
+def test_kept_weights_that_are_zero_train(sparse_model: SparseModel, make_trainer: MakeTrainer) -> None:
+    """The mask is the truth, not the zeros: a kept weight that is zero by chance is no pruned weight."""
+    model, masks = sparse_model()
+    name = "model.layers.0.mlp.up_proj.weight"
+    places = masks[name].nonzero()[:10]
+    weight = named_weights(model)[name].detach()
+    weight[places[:, 0], places[:, 1]] = 0.0
+    trainer = make_trainer(model, [MaskCallback(masks)])
+    trainer.train()
+    assert bool((weight[places[:, 0], places[:, 1]] != 0).all())
+    total = sum(total for _, total in masks.counts().values())
+    assert masks.surprises(model) == {}
+    first = trainer.state.log_history[0]
+    assert first["sparsity/total"] == pytest.approx(masks.sparsity()) and first["sparsity/kept_zero"] == 0
+    assert total > 0
+
+
+# -- hooks -------------------------------------------------------------------------------------------------------------
+
+
+def count_hooks(model: PreTrainedModel) -> int:
+    return sum(len(p._post_accumulate_grad_hooks or ()) for p in model.parameters())  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adafactor"])
+def test_one_callback_serves_two_runs(optim: str, sparse_model: SparseModel, make_trainer: MakeTrainer) -> None:
+    model, masks = sparse_model()
+    trainer = make_trainer(model, [MaskCallback(masks)], optim=optim)
+    for _ in range(2):
+        trainer.train()
+        assert count_hooks(model) == 0
+        assert not base_optimizer(trainer.optimizer)._optimizer_step_post_hooks
+        assert pruned_are_positive_zero(model, masks)
+
+
+def test_one_hook_per_live_sparse_weight(sparse_model: SparseModel, make_trainer: MakeTrainer) -> None:
+    model, masks = sparse_model()
+    frozen, dense = "model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight"
+    named_weights(model)[frozen].requires_grad_(False)
+    masks = MaskSet({name: torch.ones_like(mask) if name == dense else mask for name, mask in masks.items()})
+    counts: list[int] = []
+    steps: list[int] = []
+    trainer = make_trainer(model, [AtEachStep(lambda model: counts.append(count_hooks(model))), MaskCallback(masks)])
+    watch = AtEachStep(lambda model: steps.append(len(base_optimizer(trainer.optimizer)._optimizer_step_post_hooks)))
+    trainer.add_callback(watch)
+    trainer.train()
+    assert counts == [len(masks) - 2] * 6
+    assert steps == [0] * 6, "AdamW needs no masking after the step"
+
+
+def test_hooks_after_an_exception(sparse_model: SparseModel, make_trainer: MakeTrainer) -> None:
+    model, masks = sparse_model()
+
+    def fail(model: PreTrainedModel) -> None:
+        raise KeyboardInterrupt
+
+    callback = MaskCallback(masks)
+    breaker = AtEachStep(fail)
+    trainer = make_trainer(model, [callback, breaker])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    hooks = count_hooks(model)
+    assert hooks == len(masks)
+    trainer.remove_callback(breaker)
+    trainer.train()
+    assert count_hooks(model) == 0
+    trainer.add_callback(breaker)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert count_hooks(model) == hooks
+    trainer.remove_callback(callback)
+    del callback
+    assert count_hooks(model) == 0, "hooks must not outlive their callback"
+
+
+def test_shared_weights_are_masked_once(make_trainer: MakeTrainer) -> None:
+    model = TINY["llama"]()
+    layers = model.model.layers
+    layers[1].mlp.up_proj.weight = layers[0].mlp.up_proj.weight
+    name = "model.layers.0.mlp.up_proj.weight"
+    masks = MaskSet.from_scores({name: named_weights(model)[name].detach().abs()}, sparsity=0.5).apply_(model)
+    counts: list[int] = []
+    watch = AtEachStep(lambda model: counts.append(count_hooks(model)))
+    make_trainer(model, [watch, MaskCallback(masks)]).train()
+    assert counts == [1] * 6
+    assert layers[1].mlp.up_proj.weight is layers[0].mlp.up_proj.weight
+    masks.verify(model)
+
+
+@pytest.mark.slow
+def test_compiled_model(sparse_model: SparseModel, make_trainer: MakeTrainer) -> None:
+    model, masks = sparse_model()
+    make_trainer(model, [MaskCallback(masks)], max_steps=2, torch_compile_backend="aot_eager").train()
+    assert pruned_are_positive_zero(model, masks)
+
+
+def test_a_model_the_user_compiled(sparse_model: SparseModel, make_trainer: MakeTrainer) -> None:
+    model, masks = sparse_model()
+    compiled = torch.compile(model, backend="eager")
+    trainer = make_trainer(model, [callback := MaskCallback(masks)])
+    callback.on_train_begin(
+        trainer.args, trainer.state, trainer.control, model=compiled, optimizer=torch.optim.AdamW(model.parameters())
+    )
+    assert count_hooks(model) == len(masks)
+    callback.remove_hooks()
+
+
+# -- checks, saves, logs -----------------------------------------------------------------------------------------------
+
+
+class Vandal(TrainerCallback):
+    """Writes into a pruned weight at one step, as a faulty callback would."""
+
+    def __init__(self, masks: MaskSet, step: int) -> None:
+        self.masks, self.step = masks, step
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, model: PreTrainedModel, **kwargs: Any) -> None:
+        if state.global_step == self.step - 1:
+            name = next(iter(self.masks))
+            named_weights(model)[name].detach()[tuple((~self.masks[name]).nonzero()[0])] = 1e-3
+
+
+@pytest.mark.parametrize(
+    ("step", "arguments", "when"),
+    [
+        (1, {}, "after step 1"),
+        (5, {}, "end of training"),
+        (3, {"save_strategy": "steps", "save_steps": 4}, "after step 4"),
+        (3, {"eval_strategy": "steps", "eval_steps": 4}, "after step 4"),
+        (3, {"save_strategy": "epoch", "max_steps": -1, "num_train_epochs": 1}, "after step 16"),
+    ],
+)
+def test_a_revived_weight_is_found(
+    step: int,
+    arguments: dict[str, Any],
+    when: str,
+    sparse_model: SparseModel,
+    make_trainer: MakeTrainer,
+    tmp_path: Path,
+) -> None:
+    model, masks = sparse_model()
+    trainer = make_trainer(model, [Vandal(masks, step), MaskCallback(masks)], **arguments)
+    with pytest.raises(RuntimeError, match=f"1 pruned weights in 1 tensors are not zero.*{when}"):
+        trainer.train()
+    assert not list((tmp_path / "run").glob("checkpoint-*")), "a checkpoint with a revived weight must not be written"
+
+
+def test_the_best_model_is_checked(sparse_model: SparseModel, make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    model, masks = sparse_model()
+    arguments = {
+        "save_strategy": "steps",
+        "eval_strategy": "steps",
+        "save_steps": 2,
+        "eval_steps": 2,
+        "load_best_model_at_end": True,
+    }
+    trainer = make_trainer(model, [MaskCallback(masks)], **arguments)
+    trainer.train()
+    best = Path(trainer.state.best_model_checkpoint)
+    assert MaskSet.load(best) == masks
+    masks.verify(model)
+
+    class Spoil(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 6:
+                dense = TINY["llama"]()
+                for checkpoint in (tmp_path / "run").glob("checkpoint-*"):
+                    dense.save_pretrained(checkpoint)
+
+    model, _ = sparse_model()
+    arguments |= {"max_steps": 7}
+    with pytest.raises(RuntimeError, match="at the end of training"):
+        make_trainer(model, [MaskCallback(masks), Spoil()], **arguments).train()
+
+
+class Reporter(TrainerCallback):
+    """Stands for TensorBoard and its like: keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.logs: list[dict[str, float]] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+        self.logs.append(dict(logs))
+
+
+def test_sparsity_is_logged(sparse_model: SparseModel, make_trainer: MakeTrainer) -> None:
+    model, masks = sparse_model(sparsity=0.7)
+    pruned = sum(int((~mask).sum()) for mask in masks.values())
+    share = pruned / sum(mask.numel() for mask in masks.values())
+    reporter = Reporter()
+    trainer = make_trainer(model, [MaskCallback(masks), reporter], eval_strategy="steps", eval_steps=3)
+    trainer.train()
+    for entries in (trainer.state.log_history, reporter.logs):
+        assert len(entries) == 6 + 2 + 1
+        assert all(entry["sparsity/total"] == pytest.approx(share, abs=1e-9) for entry in entries)
+        assert all(entry["sparsity/kept_zero"] == 0 for entry in entries)
+    trainer.evaluate()
+    assert "sparsity/total" not in trainer.state.log_history[-1], "nothing is measured outside training"
