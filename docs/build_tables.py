@@ -71,10 +71,9 @@ def cell(value: Any) -> str:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Rows as a markdown table; columns are all keys in order of appearance, without those that are empty throughout."""
-    columns = [
-        c for c in dict.fromkeys(key for row in rows for key in row) if any(row.get(c) is not None for row in rows)
-    ]
+    """Rows as a markdown table; the columns are all keys in order of appearance, without those that are empty."""
+    keys = dict.fromkeys(key for row in rows for key in row)
+    columns = [key for key in keys if any(row.get(key) is not None for row in rows)]
     left = {c for c in columns if any(isinstance(row.get(c), str) and not _is_number(row[c]) for row in rows)}
     lines = [
         "| " + " | ".join(column.replace("_", " ") for column in columns) + " |",
@@ -239,15 +238,23 @@ def names_fragment() -> str:
     return table(rows) + "\n"
 
 
+def verb_groups(verb: str) -> tuple[type, ...]:
+    """The dataclasses a verb's options come from: its GROUPS, or those it imports when it has only a few."""
+    from sparse_ft.cli.main import VERBS
+
+    module = importlib.import_module(VERBS[verb][0])
+    imported = [v for v in vars(module).values() if isinstance(v, type) and v.__module__ == "sparse_ft.cli.arguments"]
+    return tuple(getattr(module, "GROUPS", imported))
+
+
 def commands_fragment() -> str:
     """Options of every verb, read from the dataclasses that parse them."""
     from sparse_ft.cli.main import VERBS
 
     parts = []
-    for verb, (module, text) in VERBS.items():
+    for verb, (_, text) in VERBS.items():
         parts.append(f"## {verb}\n\n{text[0].upper()}{text[1:]}.\n")
-        groups = importlib.import_module(module).GROUPS
-        for group in groups:
+        for group in verb_groups(verb):
             if not group.__module__.startswith("sparse_ft."):
                 parts.append(
                     f"Every field of `{group.__module__.split('.')[0]}.{group.__name__}`, as it is called there.\n"
