@@ -1,6 +1,7 @@
 """Numbers and pictures about a sparse model: perplexity with its protocol, sparsity tables, reports, plots."""
 
 from sparse_ft.evaluation.perplexity import EvaluationProtocol, PerplexityResult, perplexity
+from sparse_ft.evaluation.plots import plot_curves
 from sparse_ft.evaluation.report import (
     REPORT_HTML,
     REPORT_JSON,
@@ -24,6 +25,7 @@ __all__ = [
     "SparsityRow",
     "mask_sample",
     "perplexity",
+    "plot_curves",
     "recovered_share",
     "report_numbers",
     "sparsity_table",

@@ -238,7 +238,7 @@ def _cell(cell: Cell | None, x: float, y: float, width: float, height: float) ->
                 shown,
                 x=x + (width - gap) / 2,
                 y=y + height / 2,
-                class_="strong" if cell.share > 0.52 else "weak",
+                class_="strong" if cell.share > 0.62 else "weak",
             )
         )
     if cell.alarm:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, TypeGuard
 
 
-def finite(value: Any) -> bool:
+def finite(value: Any) -> TypeGuard[float]:
     """True for a number that is neither inf nor nan, nor the text that stands for them in JSON."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
@@ -53,4 +53,4 @@ def change(before: float, after: float) -> str:
 
 def tick(value: float) -> str:
     """A number on an axis: `0.5`, `20`, `1,000`."""
-    return f"{value:,.0f}" if value >= 10 or value == int(value) else f"{value:.3g}"
+    return f"{value:,.0f}" if value == int(value) else f"{value:,.4g}"

@@ -73,6 +73,7 @@ class ReportData:
         arguments: settings of the command.
         versions: of the packages used.
         digests: of masks and weights.
+        steps: what the model went through before, `Record.history`.
         notes: sentences to show as warnings.
         verdict: one sentence; made from the numbers when empty.
     """
@@ -90,6 +91,7 @@ class ReportData:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     digests: Mapping[str, str] = field(default_factory=dict)
+    steps: Sequence[Mapping[str, Any]] = ()
     notes: Sequence[str] = ()
     verdict: str = ""
 
@@ -149,6 +151,7 @@ def report_numbers(data: ReportData) -> dict[str, Any]:
         "arguments": dict(data.arguments),
         "versions": dict(data.versions),
         "digests": dict(data.digests),
+        "steps": [dict(step) for step in data.steps],
     }
     numbers["verdict"] = data.verdict or _verdict(numbers)
     return {key: _plain(value) for key, value in numbers.items()}

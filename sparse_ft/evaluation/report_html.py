@@ -11,7 +11,7 @@ from sparse_ft.evaluation.charts import Bar, Cell, Curve
 from sparse_ft.evaluation.markup import Markup, join, tag
 from sparse_ft.evaluation.perplexity import EvaluationProtocol
 from sparse_ft.evaluation.style import STYLE
-from sparse_ft.evaluation.tables import comparison_table, sparsity_tables
+from sparse_ft.evaluation.tables import comparison_table, sparsity_tables, steps_table
 
 Numbers = Mapping[str, Any]
 
@@ -153,22 +153,29 @@ def _perplexity(numbers: Numbers) -> Markup | None:
     entries = numbers["evaluation"]
     if not entries:
         return None
+    if len(entries) == 1:
+        return tag("section", tag("h2", "Perplexity"), _protocols(entries))
     dense = next((e["perplexity"] for e in entries if kind_of(e) == "dense" and formats.finite(e["perplexity"])), None)
-    compare = dense is not None and not (numbers["change"] and not numbers["change"]["comparable"])
+    alike = not numbers["change"] or numbers["change"]["comparable"]
     drawn = []
     for entry in entries:
-        value = entry.get("perplexity")
-        note = formats.change(dense or 1, value or 1) if compare and formats.finite(value) and value != dense else ""
+        value, note = entry.get("perplexity"), ""
+        if alike and dense is not None and formats.finite(value) and value != dense:
+            note = formats.change(dense, value)
         drawn.append(Bar(str(entry.get("label", "")), value, kind_of(entry), "", note))
-    log = charts.needs_log([b.value for b in drawn if formats.finite(b.value)])
-    scale = " Bars start at 1 on a log scale, so that their length is the loss in nats per token." if log else ""
     return tag(
         "section",
         tag("h2", "Perplexity"),
-        tag("p", f"Lower is better.{scale}"),
+        tag("p", f"Lower is better.{_about_scale(drawn)}"),
         charts.bars(drawn, "Perplexity of each model"),
         _protocols(entries),
     )
+
+
+def _about_scale(drawn: Sequence[Bar]) -> str:
+    if not charts.needs_log([bar.value for bar in drawn if formats.finite(bar.value)]):
+        return ""
+    return " Bars start at 1 on a log scale, so that their length is the loss in nats per token."
 
 
 def _protocols(entries: Sequence[Mapping[str, Any]]) -> Markup:
@@ -257,12 +264,10 @@ def _comparison(numbers: Numbers) -> Markup | None:
     }
     kinds = dict.fromkeys(r["kind"] for r in rows)
     legend = [tag("span", tag("i", class_=kind), names.get(kind, kind)) for kind in kinds]
-    log = charts.needs_log([b.value for b in drawn if formats.finite(b.value)])
-    scale = " Bars start at 1 on a log scale, so that their length is the loss in nats per token." if log else ""
     return tag(
         "section",
         tag("h2", "Side by side"),
-        tag("p", f"Perplexity, lower is better.{scale}"),
+        tag("p", f"Perplexity, lower is better.{_about_scale(drawn)}"),
         charts.bars(
             drawn, "Perplexity of each model", baseline=(dense["label"], dense["perplexity"]) if dense else None
         ),
@@ -293,6 +298,8 @@ def _reproduce(numbers: Numbers) -> Markup:
         tag("p", "One click selects the whole command."),
         tag("pre", tag("code", *_unbroken_words(numbers["command"]))),
     ]
+    if numbers["steps"]:
+        parts += [tag("h3", "Before this command"), steps_table(numbers["steps"])]
     lines = dict.fromkeys(protocol_line(entry.get("protocol") or {}) for entry in numbers["evaluation"])
     groups = [
         ("Settings", numbers["arguments"]),
@@ -310,7 +317,8 @@ def _reproduce(numbers: Numbers) -> Markup:
 
 
 def _facts(facts: Mapping[str, Any], wide: bool) -> Markup:
-    pairs = [tag("div", tag("dt", key), tag("dd", _said(value))) for key, value in facts.items()]
+    known = {key: value for key, value in facts.items() if value is not None}
+    pairs = [tag("div", tag("dt", key), tag("dd", _said(value))) for key, value in known.items()]
     return tag("dl", *pairs, class_="facts wide" if wide else "facts")
 
 
@@ -323,7 +331,7 @@ def _unbroken_words(command: str) -> Iterable[Markup]:
 def _said(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return ", ".join(str(entry) for entry in value)
-    return "–" if value is None else str(value)
+    return str(value)
 
 
 def _footer(numbers: Numbers) -> Markup:

@@ -67,11 +67,7 @@ th[scope=row] { font-weight: 500; font-size: 14px; color: var(--ink); }
 tfoot td, tfoot th[scope=row] { font-weight: 650; border-bottom: 0; color: var(--ink); }
 tbody tr.group th { padding-top: 22px; font-weight: 650; text-align: left; border-bottom-color: var(--soft); }
 tbody tr.best td, tbody tr.best th { font-weight: 680; }
-.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 460px), 1fr)); gap: 32px 56px;
-  align-items: start; }
-.pair table { font-size: 13px; } .pair th[scope=row] { font-size: 13px; } .pair thead th { font-size: 12px; }
-.pair th, .pair td { padding-left: 10px; } .pair th:first-child { padding-left: 0; }
-details { margin-top: 28px; } details .scroll { margin-top: 12px; }
+details { margin-top: 22px; } details .scroll { margin-top: 12px; }
 summary { cursor: pointer; font-weight: 600; font-size: 14px; width: fit-content; }
 pre { margin: 0; padding: 16px 20px; overflow-x: auto; background: var(--panel); border-radius: 8px; user-select: all;
   white-space: pre-wrap; }

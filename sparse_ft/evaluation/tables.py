@@ -17,16 +17,36 @@ def number_cell(value: Any, shown: str, tone: str | None = None) -> Markup:
 
 
 def sparsity_tables(numbers: Mapping[str, Any]) -> Sequence[Markup]:
-    """Totals by kind of weight and by block side by side, then every tensor folded away."""
-    total = numbers["sparsity"]
-    names = {"by_role": ("By kind of weight", "role"), "by_block": ("By block", "block")}
-    pair = [
-        _counts_table(numbers[key], caption, label, total, tensors=False) for key, (caption, label) in names.items()
+    """Totals by kind of weight; by block and for every tensor folded away."""
+    total, blocks, tensors = numbers["sparsity"], numbers["by_block"], numbers["tensors"]
+    return [
+        _counts_table(numbers["by_role"], "role", total),
+        tag(
+            "details", tag("summary", f"By block ({formats.count(len(blocks))})"), _counts_table(blocks, "block", total)
+        ),
+        tag(
+            "details",
+            tag("summary", f"Every tensor ({formats.count(len(tensors))})"),
+            _counts_table(tensors, "name", total),
+        ),
     ]
-    count = len(numbers["tensors"])
-    summary = tag("summary", f"Every tensor ({formats.count(count)})")
-    every = _counts_table(numbers["tensors"], None, "name", total, tensors=True)
-    return [tag("div", *pair, class_="pair"), tag("details", summary, every)]
+
+
+def steps_table(steps: Sequence[Mapping[str, Any]]) -> Markup:
+    """The commands a checkpoint went through, oldest first."""
+    body = []
+    for number, step in enumerate(steps, 1):
+        measured = [e.get("perplexity") for e in step.get("evaluation") or []]
+        share, ppl = step.get("sparsity"), measured[-1] if measured else None
+        cells = [
+            tag("th", f"{number}. {step.get('command', '')}", scope="row", class_="text"),
+            tag("td", str((step.get("arguments") or {}).get("method", "")), class_="text"),
+            tag("td", str(step.get("pattern", ""))),
+            number_cell(share, formats.percent(share) if formats.finite(share) else ""),
+            number_cell(ppl, "" if ppl is None else formats.perplexity(ppl)),
+        ]
+        body.append(tag("tr", *cells))
+    return _table(["Step", "Method", "Pattern", "Sparsity", "Perplexity after"], body)
 
 
 def comparison_table(rows: Sequence[Row]) -> Markup:
@@ -45,7 +65,7 @@ def comparison_table(rows: Sequence[Row]) -> Markup:
             previous = row["group"]
         is_best = row["kind"] not in ("dense", "broken") and row["perplexity"] == best.get(row["group"])
         body.append(tag("tr", *_comparison_cells(row, timed), class_="best" if is_best else None))
-    return _table(None, head, body)
+    return _table(head, body)
 
 
 def _comparison_cells(row: Row, timed: bool) -> list[Markup]:
@@ -62,13 +82,13 @@ def _comparison_cells(row: Row, timed: bool) -> list[Markup]:
     return cells
 
 
-def _counts_table(rows: Sequence[Row], caption: str | None, label: str, total: Row, *, tensors: bool) -> Markup:
-    head = [{"role": "Weight", "block": "Block", "name": "Tensor"}[label]]
+def _counts_table(rows: Sequence[Row], by: str, total: Row) -> Markup:
+    tensors = by == "name"
+    head = [{"role": "Kind of weight", "block": "Block", "name": "Tensor"}[by]]
     head += ["Shape", "Pattern"] if tensors else []
     head += ["Kept", "Total", "Sparsity", "Kept but zero", "Revived"]
-    body = [tag("tr", *_count_cells(row, row[label] or "outside blocks", tensors)) for row in rows]
-    foot = tag("tr", *_count_cells(total, "All", tensors))
-    return _table(caption, head, body, foot)
+    body = [tag("tr", *_count_cells(row, row[by] or "outside blocks", tensors)) for row in rows]
+    return _table(head, body, tag("tr", *_count_cells({**total, "shape": []}, "All", tensors)))
 
 
 def _count_cells(row: Row, label: str, tensors: bool) -> list[Markup]:
@@ -85,11 +105,10 @@ def _count_cells(row: Row, label: str, tensors: bool) -> list[Markup]:
     ]
 
 
-def _table(caption: str | None, head: Sequence[str], body: Sequence[Markup], foot: Markup | None = None) -> Markup:
+def _table(head: Sequence[str], body: Sequence[Markup], foot: Markup | None = None) -> Markup:
     titles = [tag("th", name, scope="col", class_="text" if i == 0 else None) for i, name in enumerate(head)]
     table = tag(
         "table",
-        tag("caption", caption) if caption else None,
         tag("thead", tag("tr", *titles)),
         tag("tbody", *body),
         tag("tfoot", foot) if foot else None,
