@@ -179,7 +179,7 @@ class BlockObserver:
 
 
 def _follows_experts_interface(module: nn.Module, targets: Sequence[Target]) -> bool:
-    """Whether it is transformers' fused experts: `forward(hidden_states, top_k_index, …)`, an up and a down projection."""
+    """Whether these are transformers' fused experts: `forward(hidden_states, top_k_index, …)`, two projections."""
     names = {target.name.rpartition(".")[2] for target in targets}
     arguments = inspect.signature(type(module).forward).parameters
     known = names <= {*_FIRST_PROJECTIONS, _LAST_PROJECTION} and len(names & set(_FIRST_PROJECTIONS)) <= 1
