@@ -1,0 +1,136 @@
+"""`sparse-ft eval`: the perplexity of a checkpoint or an adapter, printed with the protocol it was measured by.
+
+    sparse-ft eval S --dataset wikitext --sequence_length 2048
+
+Any Hugging Face directory or Hub name can be evaluated, an adapter directory too. A checkpoint of ours keeps the
+result: `sparse_ft.json` gains an entry and `report.html` is made anew, unless `--no_record` or an `--output_dir` is
+given.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sparse_ft.checkpoints import atomic_directory, check_output_dir, resolve_checkpoint, versions
+from sparse_ft.cli.arguments import EvalArguments, ModelArguments, TextArguments, first_word_is_model, parse
+from sparse_ft.cli.measuring import choose_device, choose_dtype, choose_length, find_split
+from sparse_ft.cli.publishing import command_line, plain_arguments
+from sparse_ft.cli.refreshing import add_evaluation, is_sparse_checkpoint
+from sparse_ft.data import tokenize
+from sparse_ft.evaluation import PerplexityResult, ReportData, perplexity, write_report
+from sparse_ft.models import load_model, load_tokenizer
+
+__all__ = ["run"]
+
+GROUPS = (ModelArguments, TextArguments, EvalArguments)
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is evaluated: a model directory, and the adapter on top of it if there is one."""
+
+    base: Path
+    adapter: Path | None
+
+
+def run(argv: Sequence[str]) -> int:
+    """Evaluate one checkpoint; the exit code."""
+    words = first_word_is_model(argv)
+    groups = parse(words, GROUPS, verb="eval", description="Measure perplexity and say by which protocol.")
+    model_arguments, text, how = groups
+    if text.dataset is None:
+        raise ValueError("No text was given; name one with --dataset.")
+    device, dtype = choose_device(how.device), choose_dtype(how.dtype)
+    name = model_arguments.model_name_or_path
+    target = check_output_dir(how.output_dir, inputs=[name]) if how.output_dir is not None else None
+    subject = find_subject(name)
+    tokenizer = _tokenizer_of(subject)
+    found, split = find_split(text.dataset, how.split, config=text.dataset_config, text_field=text.text_field)
+    ids = tokenize(found, tokenizer)
+    model = load_subject(subject, dtype, device, model_arguments.trust_remote_code)
+    result = perplexity(
+        model,
+        ids,
+        sequence_length=choose_length(text.sequence_length, model.config, tokenizer),
+        stride=how.stride,
+        max_windows=how.max_windows,
+        batch_size=how.batch_size,
+        dataset=text.dataset,
+        split=split,
+    )
+    print(f"perplexity {result.perplexity:.4f}\n  ({result.protocol})")
+    _keep(result, subject, target, argv, name, plain_arguments(*groups), how.record)
+    return 0
+
+
+def find_subject(name: str) -> Subject:
+    """The model directory meant by `name`, and the adapter directory if `name` is one.
+
+    Raises:
+        FileNotFoundError: There is no such directory or Hub name, or the adapter's base model is gone.
+        ValueError: The adapter's configuration names no base model.
+    """
+    path = Path(name)
+    if not (path / ADAPTER_CONFIG).is_file():
+        return Subject(resolve_checkpoint(name), None)
+    try:
+        base = json.loads((path / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (ValueError, AttributeError):
+        raise ValueError(f"'{path / ADAPTER_CONFIG}' is not valid JSON; copy the adapter directory again.") from None
+    if not base:
+        raise ValueError(f"'{path / ADAPTER_CONFIG}' names no base_model_name_or_path; add the directory of its model.")
+    return Subject(resolve_checkpoint(base), path)
+
+
+def load_subject(
+    subject: Subject, dtype: str | torch.dtype, device: torch.device, trust_remote_code: bool
+) -> PreTrainedModel:
+    """The model in eval mode, with its adapter attached.
+
+    Raises:
+        ValueError: If weights are missing, or an adapter of ours comes without its masks.
+    """
+    model = load_model(subject.base, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    if subject.adapter is None:
+        return model
+    from peft import PeftModel
+
+    import sparse_ft.adapters  # noqa: F401  (makes PEFT know our adapter types)
+
+    return PeftModel.from_pretrained(model, str(subject.adapter)).eval()
+
+
+def _tokenizer_of(subject: Subject) -> PreTrainedTokenizerBase:
+    """The adapter's own tokenizer if it has one, else its base model's."""
+    adapter = subject.adapter
+    has_own = adapter is not None and (adapter / "tokenizer_config.json").is_file()
+    return load_tokenizer(adapter if has_own and adapter else subject.base)
+
+
+def _keep(
+    result: PerplexityResult,
+    subject: Subject,
+    target: Path | None,
+    argv: Sequence[str],
+    name: str,
+    arguments: dict[str, Any],
+    record: bool,
+) -> None:
+    """Write the result where it belongs: a new directory, the checkpoint's own record, or nowhere."""
+    command = command_line("eval", argv)
+    if target is not None:
+        with atomic_directory(target) as directory:
+            entry = result.to_dict(label="model")
+            data = ReportData("Evaluated", name, command, evaluations=[entry], arguments=arguments, versions=versions())
+            write_report(directory, data)
+        print(target / "report.html")
+    elif record and subject.adapter is None and is_sparse_checkpoint(subject.base):
+        print(add_evaluation(subject.base, result.to_dict()))

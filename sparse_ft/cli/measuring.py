@@ -1,0 +1,132 @@
+"""What several verbs share: which text is evaluated on, how long a sequence is, where tensors live."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from sparse_ft.cli.arguments import EvaluationArguments, TextArguments, check_choice
+from sparse_ft.data import load_text, tokenize
+from sparse_ft.evaluation import perplexity
+
+__all__ = ["EvalText", "choose_device", "choose_dtype", "choose_eval_text", "choose_length", "find_split", "measure"]
+
+_LONGEST_DEFAULT = 2048
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class EvalText:
+    """Token ids `(T,)` of one split, and what it is called."""
+
+    ids: Tensor
+    dataset: str
+    split: str
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device named, or cuda if there is one, else cpu.
+
+    Raises:
+        ValueError: torch does not know the name, or has no such device here.
+    """
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise ValueError(f"Unknown device {name!r}; use cpu, cuda or cuda:0.") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"Device {name!r} is not here: torch sees {torch.cuda.device_count()} CUDA devices; use cpu.")
+    return device
+
+
+def choose_dtype(name: str) -> str | torch.dtype:
+    """`"auto"`, or the torch dtype called so.
+
+    Raises:
+        ValueError: The name is another.
+    """
+    return _DTYPES.get(check_choice("dtype", name, ["auto", *_DTYPES]), "auto")
+
+
+def choose_length(requested: int | None, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens per sequence: what was asked for, else what model and tokenizer take, at most 2048.
+
+    Raises:
+        ValueError: More than the model's positions were asked for, or fewer than 2.
+    """
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    limit = positions if isinstance(positions, int) and positions > 0 else _LONGEST_DEFAULT
+    if requested is None:
+        return int(min(limit, tokenizer.model_max_length, _LONGEST_DEFAULT))
+    if requested < 2 or (positions and requested > limit):
+        raise ValueError(f"--sequence_length is {requested} but the model takes 2 to {limit} tokens; change it.")
+    return requested
+
+
+def find_split(dataset: str, split: str | None, *, config: str | None, text_field: str) -> tuple[Any, str]:
+    """The text to evaluate on and the name of its split: `split` if given, else test, else validation.
+
+    Raises:
+        FileNotFoundError: There is no such dataset or split.
+        ValueError: The text is empty, binary or not where `text_field` says.
+    """
+    if split is not None or Path(dataset).expanduser().is_file():
+        name = split or ""
+        return load_text(dataset, split=name or "test", config=config, text_field=text_field), name
+    try:
+        return load_text(dataset, split="test", config=config, text_field=text_field), "test"
+    except FileNotFoundError as error:
+        try:
+            return load_text(dataset, split="validation", config=config, text_field=text_field), "validation"
+        except FileNotFoundError:
+            raise error from None
+
+
+def choose_eval_text(
+    evaluation: EvaluationArguments, text: TextArguments, tokenizer: PreTrainedTokenizerBase
+) -> EvalText | None:
+    """The text before-and-after perplexities are measured on, None when there is none or `--no_eval` was given.
+
+    A text that was asked for by name must be there. The test split of `--dataset` is used if it exists; a single file
+    that is calibrated or trained on has no test split and is not evaluated on.
+
+    Raises:
+        FileNotFoundError: `--eval_dataset` or `--eval_split` names what is not there.
+        ValueError: The text is empty or binary.
+    """
+    dataset = evaluation.eval_dataset or text.dataset
+    if not evaluation.eval or dataset is None:
+        return None
+    asked_for = evaluation.eval_dataset is not None or evaluation.eval_split is not None
+    if not asked_for and Path(dataset).expanduser().is_file():
+        return None
+    config = text.dataset_config if dataset == text.dataset else None
+    try:
+        found, split = find_split(dataset, evaluation.eval_split, config=config, text_field=text.text_field)
+    except FileNotFoundError:
+        if asked_for:
+            raise
+        return None
+    return EvalText(tokenize(found, tokenizer), dataset, split)
+
+
+def measure(
+    model: nn.Module, text: EvalText, length: int, evaluation: EvaluationArguments, label: str, **options: Any
+) -> dict[str, Any]:
+    """Perplexity with its protocol as plain values, `label` among them."""
+    result = perplexity(
+        model,
+        text.ids,
+        sequence_length=length,
+        max_windows=evaluation.eval_windows,
+        batch_size=evaluation.eval_batch_size,
+        dataset=text.dataset,
+        split=text.split,
+        **options,
+    )
+    return result.to_dict(label=label)

@@ -1,0 +1,186 @@
+"""How prune and retrain end alike: read back what was written, verify it, describe it, show it.
+
+Everything here works on the directory that is about to become the output, before it has its name: if a pruned weight is
+not zero in the files, nothing is published and the exit code is 1.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from sparse_ft.checkpoints import CheckpointReader, Record, make_record, versions, write_sidecars
+from sparse_ft.cli.main import VerificationError
+from sparse_ft.evaluation import (
+    REPORT_HTML,
+    EvaluationProtocol,
+    ReportData,
+    SparsityRow,
+    mask_sample,
+    sparsity_table,
+    sparsity_totals,
+    write_report,
+)
+from sparse_ft.masks import MaskSet
+from sparse_ft.models import load_model, named_weights
+
+__all__ = [
+    "TITLES",
+    "Outcome",
+    "command_line",
+    "notes_for",
+    "plain_arguments",
+    "print_evaluations",
+    "print_outcome",
+    "print_sparsity",
+    "publish",
+    "written_weights",
+]
+
+TITLES = {"prune": "Pruned", "retrain": "Retrained"}
+
+
+@dataclass
+class Outcome:
+    """What a verb did, for the record, the report and the terminal.
+
+    Attributes:
+        verb: `"prune"` or `"retrain"`.
+        argv: words after the verb, as typed.
+        model: name or path the verb started from.
+        method: `--method`.
+        arguments: every option and its value.
+        evaluations: `PerplexityResult.to_dict` entries, first before, last after.
+        histories: `Trainer.state.log_history` by name.
+        previous: record of the checkpoint it started from.
+    """
+
+    verb: str
+    argv: Sequence[str]
+    model: str
+    method: str
+    arguments: Mapping[str, Any]
+    evaluations: Sequence[Mapping[str, Any]] = ()
+    histories: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+    previous: Record | None = None
+
+
+def publish(directory: Path, masks: MaskSet, outcome: Outcome) -> Record:
+    """Verify the weights in `directory` and put sidecars and report beside them.
+
+    Raises:
+        VerificationError: A pruned weight is not zero in the files.
+    """
+    weights = written_weights(directory, masks)
+    try:
+        masks.verify(weights)
+    except RuntimeError as error:
+        raise VerificationError(f"The written checkpoint is not sparse, so it was not kept: {error}") from error
+    record = make_record(
+        masks,
+        weights,
+        command=outcome.verb,
+        arguments=outcome.arguments,
+        evaluation=outcome.evaluations,
+        previous=outcome.previous,
+    )
+    write_sidecars(directory, masks, record)
+    write_report(directory, report_data(directory, masks, weights, outcome, record))
+    return record
+
+
+def report_data(
+    directory: Path, masks: MaskSet, weights: Mapping[str, Tensor], outcome: Outcome, record: Record
+) -> ReportData:
+    """What the report of a written checkpoint shows."""
+    return ReportData(
+        title=TITLES[outcome.verb],
+        model=outcome.model,
+        command=command_line(outcome.verb, outcome.argv),
+        rows=sparsity_table(masks, weights),
+        method=outcome.method,
+        evaluations=list(outcome.evaluations),
+        histories=outcome.histories,
+        mask_sample=mask_sample(masks),
+        arguments=outcome.arguments,
+        versions=versions(),
+        digests={"masks": record.masks_digest, "weights": record.weights_digest},
+    )
+
+
+def written_weights(directory: Path, masks: MaskSet) -> Mapping[str, Tensor]:
+    """The weights in the files, by parameter name; one at a time where the files use the model's names.
+
+    Some checkpoints store tensors under other names than the model (experts one by one, no prefix); only transformers
+    knows how they map, so those are loaded.
+    """
+    reader = CheckpointReader(directory)
+    if all(name in reader for name in masks):
+        return reader
+    return {name: weight for name, weight in named_weights(load_model(directory)).items() if name in masks}
+
+
+def command_line(verb: str, argv: Sequence[str]) -> str:
+    """The command as it can be pasted into a shell."""
+    return shlex.join(["sparse-ft", verb, *argv])
+
+
+def plain_arguments(*groups: Any) -> dict[str, Any]:
+    """Options and their values of our own argument groups, in order."""
+    merged: dict[str, Any] = {}
+    for group in groups:
+        merged.update(asdict(group))
+    return merged
+
+
+def notes_for(masks: MaskSet, directory: Path) -> list[str]:
+    """What these zeros do and do not give, so that nobody expects a speed-up that no runtime delivers."""
+    size = sum(file.stat().st_size for file in directory.glob("*.safetensors")) / 1e6
+    notes = [f"Zeros are stored like other values: the files hold {size:,.1f} MB, as before."]
+    patterns = {pattern for pattern in masks.patterns.values() if pattern.is_structured}
+    if not patterns:
+        notes.append("No GPU kernel is faster for unstructured zeros; they help compression and sparse CPU formats.")
+    elif {str(pattern) for pattern in patterns} == {"2:4"}:
+        notes.append(
+            "2:4 runs faster only on NVIDIA GPUs from Ampere on, in fp16, bf16 or int8, with both dimensions multiples "
+            "of the kernel's tile, after conversion to a compressed format."
+        )
+    else:
+        names = ", ".join(sorted(map(str, patterns)))
+        notes.append(f"GPUs have kernels for 2:4 only; {names} helps compression and sparse CPU formats.")
+    return notes
+
+
+def print_outcome(directory: Path, masks: MaskSet, evaluations: Sequence[Mapping[str, Any]]) -> None:
+    """A short table on standard output: sparsity of each kind of weight, perplexities, where the report is, notes."""
+    print_sparsity(sparsity_table(masks))
+    print_evaluations(evaluations)
+    print(f"\n{directory}  verified: every pruned weight is zero in the files")
+    print(directory / REPORT_HTML)
+    for note in notes_for(masks, directory):
+        print(f"note: {note}")
+
+
+def print_sparsity(rows: Sequence[SparsityRow]) -> None:
+    """Zeros of each kind of weight and of all."""
+    totals = {**sparsity_totals(rows, "role"), **sparsity_totals(rows)}
+    width = max(6, *map(len, totals))
+    print(f"\n{'weight':<{width}}{'tensors':>9}{'zeros':>15}{'of':>15}{'sparsity':>10}")
+    for role, total in totals.items():
+        count = len(rows) if role == "all" else sum(row.role == role for row in rows)
+        print(f"{role:<{width}}{count:>9}{total.zeros:>15,}{total.total:>15,}{total.sparsity:>10.2%}")
+
+
+def print_evaluations(evaluations: Sequence[Mapping[str, Any]]) -> None:
+    """Perplexities, each group under the protocol it was measured by."""
+    previous = None
+    for entry in evaluations:
+        if entry["protocol"] != previous:
+            print(f"\nperplexity on {EvaluationProtocol(entry['protocol'])}")
+        previous = entry["protocol"]
+        print(f"  {entry['label']:<10} {float(entry['perplexity']):.4f}")

@@ -1,0 +1,87 @@
+"""Bring the record and the report of a sparse checkpoint up to date, without touching its weights."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sparse_ft.checkpoints import RECORD_FILE, Record, atomic_write, check_weights, read_sidecars
+from sparse_ft.cli.publishing import TITLES, written_weights
+from sparse_ft.evaluation import REPORT_JSON, ReportData, SparsityRow, mask_sample, sparsity_table, write_report
+from sparse_ft.masks import MASKS_FILE, MaskSet
+
+__all__ = ["add_evaluation", "is_sparse_checkpoint", "refresh_report"]
+
+
+def is_sparse_checkpoint(directory: Path) -> bool:
+    """Whether a model directory carries a record or masks of ours."""
+    return (directory / RECORD_FILE).exists() or (directory / MASKS_FILE).exists()
+
+
+def add_evaluation(directory: Path, entry: Mapping[str, Any]) -> Path:
+    """Add one result to `sparse_ft.json`, make `report.html` anew, and return the path of the page.
+
+    The entry is labelled by what the checkpoint is, `"pruned"` or `"retrained"`. An earlier result of the same label
+    and protocol is replaced.
+
+    Raises:
+        ValueError: if the weights, masks and record of the directory do not belong together.
+    """
+    masks, record = read_sidecars(directory)
+    new = {**entry, "label": TITLES.get(record.command, record.command).lower()}
+    keys = ("label", "protocol")
+    kept = [old for old in record.evaluation if any(old.get(key) != new.get(key) for key in keys)]
+    record.evaluation = [*kept, new]
+    page, _ = refresh_report(directory, masks, record)
+    atomic_write(directory / RECORD_FILE, record.to_json())
+    return page
+
+
+def refresh_report(directory: Path, masks: MaskSet, record: Record) -> tuple[Path, list[SparsityRow]]:
+    """Count the weights again and write `report.html` and `report.json` from them and the record.
+
+    Returns:
+        Path of the page, and the counts.
+
+    Raises:
+        ValueError: if the weights are not the ones the record was written with.
+    """
+    weights = written_weights(directory, masks)
+    check_weights(masks, record, weights)
+    old = _old_numbers(directory)
+    rows = sparsity_table(masks, weights)
+    data = ReportData(
+        title=TITLES.get(record.command, record.command.capitalize()),
+        model=str(record.arguments.get("model_name_or_path", directory)),
+        command=str(old.get("command") or _command_of(record)),
+        rows=rows,
+        method=str(record.arguments.get("method", "")),
+        evaluations=record.evaluation,
+        histories=old.get("history") or {},
+        mask_sample=mask_sample(masks),
+        arguments=record.arguments,
+        versions=record.versions,
+        digests={"masks": record.masks_digest, "weights": record.weights_digest},
+    )
+    return write_report(directory, data), rows
+
+
+def _old_numbers(directory: Path) -> dict[str, Any]:
+    """What the last report said, for what the record does not hold: the command as typed and the loss curve."""
+    try:
+        numbers = json.loads((directory / REPORT_JSON).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return numbers if isinstance(numbers, dict) else {}
+
+
+def _command_of(record: Record) -> str:
+    """The command again, from the arguments that have a value."""
+    words = ["sparse-ft", record.command]
+    for name, value in record.arguments.items():
+        if value is not None and value != []:
+            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return shlex.join(words)

@@ -1,0 +1,260 @@
+"""`sparse-ft retrain`: train a sparse checkpoint while every pruned weight stays exactly zero.
+
+    sparse-ft retrain --config perp/llama_2of4 --model_name_or_path S --output_dir R
+
+`--method mask_lora` trains adapters under the mask and merges them; `--method full` trains every weight that is left.
+Everything else is `transformers.TrainingArguments`, unchanged. Checkpoints of the run live in `<output_dir>.run`
+until the result is whole; a killed run goes on with `--resume_from_checkpoint true` and ends with the same weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import get_peft_model
+from torch import nn
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
+
+from sparse_ft.adapters import MaskLoraConfig
+from sparse_ft.checkpoints import (
+    atomic_directory,
+    check_output_dir,
+    copy_side_files,
+    make_record,
+    resolve_checkpoint,
+    write_sidecars,
+)
+from sparse_ft.cli.arguments import (
+    RETRAIN_DEFAULTS,
+    EvaluationArguments,
+    ModelArguments,
+    RetrainArguments,
+    TextArguments,
+    check_choice,
+    parse,
+)
+from sparse_ft.cli.measuring import EvalText, choose_dtype, choose_eval_text, choose_length, measure
+from sparse_ft.cli.publishing import Outcome, plain_arguments, print_outcome, publish, written_weights
+from sparse_ft.cli.retrain_run import bare_resume_flag, decisive_settings, open_run, run_dir_of
+from sparse_ft.cli.retrain_source import SparseModel, load_sparse_model
+from sparse_ft.data import training_dataset, windows
+from sparse_ft.masks import MaskSet
+from sparse_ft.models import load_config, load_tokenizer
+from sparse_ft.training import MaskCallback
+
+__all__ = ["METHODS", "Job", "Method", "run"]
+
+GROUPS = (ModelArguments, TextArguments, RetrainArguments, EvaluationArguments, TrainingArguments)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to retrain.
+
+    Attributes:
+        prepare: `(model, masks, arguments) -> model to train`.
+        finish: turns the trained model into a plain one.
+        has_adapter: whether there is an adapter for `--save_adapter`.
+        dtype: name of the weights' dtype in training when `--dtype` is auto; `"auto"` is the stored one.
+    """
+
+    prepare: Callable[[PreTrainedModel, MaskSet, RetrainArguments], nn.Module]
+    finish: Callable[[Any], PreTrainedModel]
+    has_adapter: bool = False
+    dtype: str = "auto"
+
+
+def _with_mask_lora(model: PreTrainedModel, masks: MaskSet, how: RetrainArguments) -> nn.Module:
+    model.enable_input_require_grads()  # the embedding is frozen, and a checkpointed block needs an input with gradient
+    return get_peft_model(model, MaskLoraConfig(r=how.r, lora_alpha=how.lora_alpha, masks=masks, task_type="CAUSAL_LM"))
+
+
+METHODS: dict[str, Method] = {
+    "full": Method(lambda model, masks, how: model, lambda model: model, dtype="float32"),
+    "mask_lora": Method(_with_mask_lora, lambda model: model.merge_and_unload(), has_adapter=True),
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One retraining: what was asked for, and what was read."""
+
+    names: ModelArguments
+    how: RetrainArguments
+    evaluation: EvaluationArguments
+    training: TrainingArguments
+    settings: Mapping[str, Any]
+    output_dir: Path
+    source: Path
+    tokenizer: PreTrainedTokenizerBase
+    length: int
+    eval_text: EvalText | None
+    train_data: Any
+    sparse: SparseModel
+
+    @property
+    def method(self) -> Method:
+        """The way to retrain."""
+        return METHODS[self.how.method]
+
+    def measure(self, model: nn.Module, label: str, kind: str) -> list[dict[str, Any]]:
+        """The perplexity of a model as a list of one, or of none without a text."""
+        if self.eval_text is None:
+            return []
+        result = measure(model, self.eval_text, self.length, self.evaluation, label)
+        return [{**result, "kind": kind}]
+
+
+def run(argv: Sequence[str]) -> int:
+    """Retrain one checkpoint; the exit code."""
+    job = _read_job(argv)
+    masks, settings = job.sparse.masks, {**job.settings, **decisive_settings(job.training)}
+    digests = {"masks_digest": masks.digest(), "weights_digest": masks.weights_digest(job.sparse.model)}
+    run_dir, resume = run_dir_of(job.output_dir), job.training.resume_from_checkpoint
+    job.training.output_dir = str(run_dir)
+    with open_run(run_dir, {**digests, **settings}, resume=resume, keep=job.how.keep_run) as checkpoint:
+        outcome = Outcome(
+            verb="retrain",
+            argv=argv,
+            model=job.names.model_name_or_path,
+            method=job.how.method,
+            arguments={**settings, "output_dir": str(job.output_dir)},
+            evaluations=_before(job),
+            previous=job.sparse.record,
+        )
+        model, outcome.histories = _train(job, checkpoint)
+        _finish(job, model, outcome)
+    print_outcome(job.output_dir, masks, outcome.evaluations)
+    return 0
+
+
+def _read_job(argv: Sequence[str]) -> Job:
+    """Parse, check, and read everything that is needed before the first step; writes nothing."""
+    defaults = RETRAIN_DEFAULTS | {"use_cpu": not torch.accelerator.is_available()}
+    names, text, how, evaluation, training = parse(
+        bare_resume_flag(argv),
+        GROUPS,
+        verb="retrain",
+        description="Train a sparse checkpoint; its zeros stay exactly zero.",
+        defaults=defaults,
+        required=["output_dir"],
+    )
+    method = METHODS[check_choice("method", how.method, list(METHODS))]
+    choose_dtype(how.dtype)
+    inputs = [names.model_name_or_path]
+    output_dir = check_output_dir(training.output_dir, inputs=inputs, overwrite=how.overwrite)
+    if how.save_adapter is not None:
+        if not method.has_adapter:
+            raise ValueError(f"Method {how.method!r} has no adapter to save; leave out --save_adapter.")
+        check_output_dir(how.save_adapter, inputs=[*inputs, output_dir], overwrite=how.overwrite)
+    if text.dataset is None:
+        raise ValueError("No text to train on was given; name one with --dataset.")
+    source = resolve_checkpoint(names.model_name_or_path)
+    tokenizer = load_tokenizer(source)
+    length = choose_length(text.sequence_length, load_config(source), tokenizer)
+    return Job(
+        names=names,
+        how=how,
+        evaluation=evaluation,
+        training=training,
+        settings=plain_arguments(names, text, how, evaluation),
+        output_dir=output_dir,
+        source=source,
+        tokenizer=tokenizer,
+        length=length,
+        eval_text=choose_eval_text(evaluation, text, tokenizer),
+        train_data=training_dataset(
+            text.dataset,
+            tokenizer,
+            split=how.train_split,
+            sequence_length=length,
+            config=text.dataset_config,
+            text_field=text.text_field,
+        ),
+        sparse=load_sparse_model(source),
+    )
+
+
+def _before(job: Job) -> list[dict[str, Any]]:
+    """The perplexity to start from, and before it the dense model's if it was measured by the same protocol."""
+    record = job.sparse.record
+    made_by = "prune" if record is None else record.command
+    entries = job.measure(
+        job.sparse.model.to(job.training.device), "pruned" if made_by == "prune" else "before", "pruned"
+    )
+    if not entries or record is None:
+        return entries
+    earlier = [entry for step in record.history for entry in step.get("evaluation", [])] + record.evaluation
+    alike = [e for e in earlier if e.get("label") == "dense" and e.get("protocol") == entries[0]["protocol"]]
+    return alike[:1] + entries
+
+
+def _train(job: Job, checkpoint: str | None) -> tuple[nn.Module, dict[str, list[dict[str, Any]]]]:
+    """The trained model and, by method, the log of its training."""
+    how, masks = job.how, job.sparse.masks
+    dtype = choose_dtype(job.method.dtype if how.dtype == "auto" else how.dtype)
+    model = job.sparse.model if dtype == "auto" else job.sparse.model.to(dtype)
+    set_seed(job.training.seed)
+    evaluated = job.training.eval_strategy != "no" and job.eval_text is not None
+    trainer = Trainer(
+        model=job.method.prepare(model, masks, how),
+        args=job.training,
+        train_dataset=job.train_data,
+        eval_dataset=_blocks(job) if evaluated else None,
+        processing_class=job.tokenizer,
+        data_collator=default_data_collator,
+        callbacks=[MaskCallback(masks)],
+    )
+    trainer.train(resume_from_checkpoint=checkpoint)
+    return trainer.model, {how.method: trainer.state.log_history}
+
+
+def _blocks(job: Job) -> list[dict[str, Any]]:
+    """The evaluation text as Trainer wants it, for `--eval_strategy`."""
+    assert job.eval_text is not None
+    cut = windows(job.eval_text.ids, job.length)[: job.evaluation.eval_windows]
+    return [{"input_ids": block, "labels": block} for block in cut]
+
+
+def _finish(job: Job, trained: nn.Module, outcome: Outcome) -> None:
+    """Merge, evaluate, verify and write."""
+    if job.how.save_adapter is not None:
+        _save_adapter(job, trained, outcome)
+    model = job.method.finish(trained).to(job.sparse.dtype).eval()
+    outcome.evaluations = [*outcome.evaluations, *job.measure(model, "retrained", "retrained")]
+    with atomic_directory(job.output_dir, overwrite=job.how.overwrite) as directory:
+        model.save_pretrained(directory)
+        for name in ("config.json", "generation_config.json"):
+            (directory / name).unlink(missing_ok=True)  # the Trainer switched the cache off in them
+        copy_side_files(job.source, directory)
+        publish(directory, job.sparse.masks, outcome)
+
+
+def _save_adapter(job: Job, trained: Any, outcome: Outcome) -> None:
+    """Write the adapter by itself: PEFT's directory and our two sidecars, bound to the weights it was trained on."""
+    assert job.how.save_adapter is not None
+    local = Path(job.names.model_name_or_path).is_dir()
+    base = str(job.source.resolve()) if local else job.names.model_name_or_path
+    trained.peft_config[trained.active_adapter].base_model_name_or_path = base
+    masks = job.sparse.masks
+    with atomic_directory(job.how.save_adapter, overwrite=job.how.overwrite) as directory:
+        trained.save_pretrained(directory)
+        record = make_record(
+            masks,
+            written_weights(job.source, masks),
+            command=outcome.verb,
+            arguments=outcome.arguments,
+            previous=outcome.previous,
+        )
+        write_sidecars(directory, masks, record)

@@ -1,0 +1,118 @@
+"""The directory of a run: `<output_dir>.run` holds its training checkpoints until the result is whole.
+
+It remembers what was started in `run.json`, so that a killed run can only be continued as what it was: then it ends
+with the weights it would have had.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainingArguments
+
+from sparse_ft.checkpoints import atomic_write
+from sparse_ft.training import is_complete_checkpoint, latest_complete_checkpoint
+
+__all__ = ["bare_resume_flag", "checkpoint_to_resume", "decisive_settings", "open_run", "run_dir_of"]
+
+RUN_FILE = "run.json"
+_FLAG = "--resume_from_checkpoint"
+_YES, _NO = ("true", "yes", "1"), ("false", "no", "0", "none")
+# Whatever of TrainingArguments changes the weights a run ends with.
+_DECISIVE = (
+    "seed", "data_seed", "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps",
+    "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
+    "max_grad_norm", "optim", "bf16", "fp16", "label_smoothing_factor",
+)  # fmt: skip
+
+
+def bare_resume_flag(argv: Sequence[str]) -> list[str]:
+    """`--resume_from_checkpoint` without a value means true."""
+    words: list[str] = []
+    for word, following in zip(argv, [*argv[1:], "--"], strict=True):
+        words.append(word)
+        if word.replace("-", "_") == _FLAG.replace("-", "_") and following.startswith("--"):
+            words.append("true")
+    return words
+
+
+def run_dir_of(output_dir: str | Path) -> Path:
+    """`out.run` for `out`."""
+    path = Path(output_dir)
+    return path.with_name(f"{path.name}.run")
+
+
+def decisive_settings(training: TrainingArguments) -> dict[str, Any]:
+    """The training arguments that change the weights a run ends with, as plain values."""
+    return json.loads(json.dumps({name: getattr(training, name, None) for name in _DECISIVE}, default=str))
+
+
+@contextlib.contextmanager
+def open_run(directory: Path, wanted: Mapping[str, Any], *, resume: str | None, keep: bool) -> Iterator[str | None]:
+    """The run's directory while the block lasts; yields the checkpoint to resume from, None to start.
+
+    It is removed when the block succeeds, and also when it fails before there is a checkpoint: nothing is lost then.
+
+    Args:
+        directory: `run_dir_of(output_dir)`.
+        wanted: plain values that say which run is asked for.
+        resume: `--resume_from_checkpoint`: a flag, or the path of one checkpoint.
+        keep: leave it when the block succeeds.
+
+    Raises:
+        FileExistsError: if there is an unfinished run and it is not to be resumed.
+        ValueError: if the unfinished run was another one, or the checkpoint named is not whole.
+    """
+    checkpoint = checkpoint_to_resume(directory, wanted, resume)
+    directory.mkdir(parents=True, exist_ok=True)
+    atomic_write(directory / RUN_FILE, json.dumps(wanted, indent=2) + "\n")
+    try:
+        yield checkpoint
+    except BaseException:
+        if latest_complete_checkpoint(directory) is None:
+            shutil.rmtree(directory, ignore_errors=True)
+        raise
+    if not keep:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def checkpoint_to_resume(directory: Path, wanted: Mapping[str, Any], resume: str | None) -> str | None:
+    """The checkpoint that `--resume_from_checkpoint` means, None to start from the beginning. Nothing is written.
+
+    Raises:
+        FileExistsError: if there is an unfinished run and it is not to be resumed.
+        ValueError: if the unfinished run was another one, or the checkpoint named is not whole.
+    """
+    resume = None if resume is None or resume.lower() in _NO else resume
+    left_over = directory.is_dir() and any(directory.iterdir())
+    if resume is None:
+        if left_over:
+            raise FileExistsError(
+                f"'{directory}' holds an unfinished run; continue it with {_FLAG} true, or remove it to start again."
+            )
+        return None
+    if resume.lower() not in _YES:
+        if not is_complete_checkpoint(resume):
+            raise ValueError(f"'{resume}' is not a whole training checkpoint; give a checkpoint-N, or {_FLAG} true.")
+        return resume
+    if left_over:
+        _check_same(directory, wanted)
+    return latest_complete_checkpoint(directory)
+
+
+def _check_same(directory: Path, wanted: Mapping[str, Any]) -> None:
+    try:
+        started = json.loads((directory / RUN_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise ValueError(f"'{directory}' has no readable {RUN_FILE}, so it cannot be continued; remove it.") from None
+    for name, value in wanted.items():
+        if started.get(name) != value:
+            raise ValueError(
+                f"The run in '{directory}' was started with {name} {started.get(name)!r} but now it is {value!r}; "
+                f"continue it as it was, or remove it to start again."
+            )

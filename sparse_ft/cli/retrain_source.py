@@ -1,0 +1,80 @@
+"""What retraining starts from: a sparse model and the masks that say which of its zeros are meant."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from sparse_ft.checkpoints import CheckpointReader, Record, check_weights, read_sidecars
+from sparse_ft.cli.refreshing import is_sparse_checkpoint
+from sparse_ft.masks import MaskSet
+from sparse_ft.models import load_model
+
+__all__ = ["SparseModel", "load_sparse_model", "masks_from_zeros"]
+
+# Patterns a model without masks is tried for; the first that holds is taken.
+_PATTERNS = ("1:4", "2:4", "4:8")
+# With more than this share of zeros beyond the pattern's own, the model is unstructured and only fits by its sparsity.
+_CHANCE = 0.005
+
+
+@dataclass(frozen=True)
+class SparseModel:
+    """A sparse model as stored.
+
+    Attributes:
+        model: in eval mode, in its stored dtype, on the CPU.
+        masks: verified against it.
+        record: its history; None when it was not made by sparse-ft.
+        dtype: the stored dtype of its masked weights.
+    """
+
+    model: PreTrainedModel
+    masks: MaskSet
+    record: Record | None
+    dtype: torch.dtype
+
+
+def load_sparse_model(source: Path) -> SparseModel:
+    """Load a sparse checkpoint with its masks, or take the masks from its zeros and say so.
+
+    Raises:
+        ValueError: if the model is dense, or masks, record and weights do not belong together.
+        RuntimeError: if a pruned weight is not zero.
+    """
+    CheckpointReader(source)  # refuses damaged or unsafe files before transformers opens them
+    model = load_model(source)
+    record: Record | None = None
+    if is_sparse_checkpoint(source):
+        masks, record = read_sidecars(source)
+        check_weights(masks, record, model)
+    else:
+        masks = masks_from_zeros(model)
+        by_chance = sum(surprise.kept_zero for surprise in masks.surprises(model).values())
+        pattern = "+".join(sorted({str(pattern) for pattern in masks.patterns.values()}))
+        print(
+            f"No masks in {source}: taken from its zeros, pattern {pattern}, sparsity {masks.sparsity():.2%}; "
+            f"{by_chance:,} kept weights are zero by chance."
+        )
+    masks.verify(model)
+    return SparseModel(model, masks, record, model.get_parameter(next(iter(masks))).dtype)
+
+
+def masks_from_zeros(model: PreTrainedModel) -> MaskSet:
+    """The zeros of a model as masks, with the n:m pattern they have if they have one.
+
+    Raises:
+        ValueError: if the model is dense.
+    """
+    zeros = MaskSet.from_zeros(model)
+    for pattern in _PATTERNS:
+        try:
+            masks = MaskSet.from_zeros(model, pattern=pattern)
+        except ValueError:
+            continue
+        if zeros.sparsity() - masks.sparsity() <= _CHANCE:
+            return masks
+    return zeros
