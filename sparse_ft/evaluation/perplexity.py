@@ -16,7 +16,7 @@ the last whole window is not scored.
 
 Limits: causal models only. Nothing is added to the text: no BOS token is put in front of a window.
 
-Source: the sliding window is that of Baevski & Auli 2019 (arXiv 1809.10853), section 4.
+Source: windows that overlap and score their new tokens only: Baevski & Auli 2019 (arXiv 1809.10853), evaluation.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """PNG and SVG plots for the docs: perplexity against sparsity, one curve per method.
 
-    plot_curves(rows, "one_shot.png", baseline=37.15)      # rows: {"method": "wanda", "sparsity": 0.5, "perplexity": 38.8}
+    rows = [{"method": "wanda", "sparsity": 0.5, "perplexity": 38.8}, ...]
+    plot_curves(rows, "one_shot.png", baseline=37.15)
 
 Needs matplotlib, the extra `report`; it is imported here only, when a plot is drawn.
 """
@@ -43,8 +44,8 @@ def plot_curves(
 ) -> Path:
     """Draw `y` over `x`, one line per value of `by`, and write it whole or not at all.
 
-    Rows with the same `x` and `by` (seeds) are drawn as their mean with the range as a bar; rows without a finite `y` are
-    left out.
+    Rows with the same `x` and `by` (seeds) are drawn as their mean with the range as a bar; rows without a finite `y`
+    are left out.
 
     Args:
         rows: flat mappings, as in the `rows` of a result file.
@@ -86,6 +87,9 @@ def plot_curves(
             f"dense {formats.perplexity(baseline)}", (1.0, baseline), xycoords=("axes fraction", "data"),
             xytext=(-2, 4), textcoords="offset points", ha="right", va="bottom", color=_SOFT, fontsize=9,
         )  # fmt: skip
+    positions = sorted({position for points in series.values() for position in points})
+    if len(positions) <= 10:
+        axes.set_xticks(positions)
     _dress(axes, x, x_label or x, y_label or y, title)
     written = io.BytesIO()
     metadata = {"Software": None} if path.suffix == ".png" else {"Date": None, "Creator": None}
@@ -149,7 +153,7 @@ def _dress(axes: Any, x: str, x_label: str, y_label: str, title: str) -> None:
     axes.set_xlabel(x_label, color=_SOFT)
     axes.set_ylabel(y_label, color=_SOFT)
     if title:
-        axes.set_title(title, loc="left", color=_INK, fontweight="semibold", fontsize=12, pad=12)
+        axes.set_title(title, loc="left", color=_INK, fontweight="bold", fontsize=12, pad=12)
     axes.grid(axis="y", color=_GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     for side in ("top", "left", "right"):

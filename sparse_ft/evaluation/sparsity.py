@@ -115,10 +115,11 @@ def block_of(name: str) -> str:
     return match[1] if match else ""
 
 
-def role_order(row: SparsityRow) -> tuple[bool, int, str, str]:
+def role_order(row: SparsityRow) -> tuple[bool, int, str, str, str]:
     """Sort key that puts attention first and query, key, value, output, gate, up, down in that order."""
-    letter = "qkvogud".find(row.role.rsplit(".", 1)[-1][0].lower())
-    return ("att" not in row.name.lower(), letter if letter >= 0 else 9, row.role, row.name)
+    last = row.role.rsplit(".", 1)[-1]
+    letter = "qkvogud".find(last[0].lower())
+    return ("att" not in row.name.lower(), letter if letter >= 0 else 9, last, row.role, row.name)
 
 
 def _with_weights(
