@@ -80,8 +80,10 @@ def build_header(
         The bytes that open the file, up to where the data begins, and the place of every tensor.
 
     Raises:
-        ValueError: for a dtype that safetensors cannot store.
+        ValueError: for a dtype that safetensors cannot store, or a tensor named like the metadata.
     """
+    if "__metadata__" in tensors:
+        raise ValueError("A safetensors file cannot hold a tensor named '__metadata__'; rename it.")
     for name, (dtype, _) in tensors.items():
         if dtype not in DTYPE_NAMES:
             raise ValueError(f"Tensor '{name}' has dtype {dtype}, which safetensors cannot store; cast it first.")

@@ -12,10 +12,13 @@ from __future__ import annotations
 
 import gzip
 import json
+import logging
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 _SPLITS = (("train",), ("validation", "valid", "dev", "val"), ("test",))
 _SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz")
@@ -176,21 +179,28 @@ def _open_saved(path: Path, split: str) -> Iterable[Mapping[str, Any]]:
 def _open_named(
     dataset: str, split: str, config: str | None, max_characters: int | None
 ) -> Iterable[Mapping[str, Any]]:
-    import datasets
-
+    # Streaming fetches only what is read, but cannot use a dataset that an earlier run downloaded when offline.
+    if max_characters is not None:
+        try:
+            return _load_dataset(dataset, split, config, streaming=True)
+        except Exception as error:
+            logger.info("Dataset '%s' cannot be streamed (%s), so it is loaded whole.", dataset, _first_line(error))
     try:
-        return datasets.load_dataset(
-            dataset,
-            config or _DEFAULT_CONFIGS.get(dataset),
-            split="validation" if split in _SPLITS[1] else split,
-            streaming=max_characters is not None,
-        )
+        return _load_dataset(dataset, split, config, streaming=False)
     except Exception as error:
         # Its errors come from datasets, huggingface_hub, fsspec and pyarrow; the user needs one sentence.
         raise FileNotFoundError(
             f"'{dataset}' is no file or directory, and `datasets` cannot load it (config {config}, split {split}): "
             f"{_first_line(error)}"
         ) from error
+
+
+def _load_dataset(dataset: str, split: str, config: str | None, *, streaming: bool) -> Iterable[Mapping[str, Any]]:
+    import datasets
+
+    name = config or _DEFAULT_CONFIGS.get(dataset)
+    split = "validation" if split in _SPLITS[1] else split
+    return datasets.load_dataset(dataset, name, split=split, streaming=streaming)
 
 
 def _texts(
