@@ -31,7 +31,7 @@ lint: $(STAMP)
 
 docs: $(STAMP)
 	$(BIN)/python docs/build_tables.py
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(STAMP)
 	@for script in tests/benchmarks/bench_*.py tests/benchmarks/quality_*.py; do \
