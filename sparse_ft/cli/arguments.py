@@ -120,7 +120,7 @@ class RetrainArguments:
     """What is trained."""
 
     method: str = option("mask_lora", "mask_lora (adapters under the mask, merged at the end) or full")
-    train_split: str = option("train", "split of --dataset to train on; of a `datasets` name also train[:10%]")
+    train_split: str = option("train", "split of --dataset to train on; a `datasets` name takes slices, train[:5000]")
     r: int = option(16, "mask_lora: rank of the adapters")
     lora_alpha: int | None = option(None, "mask_lora: adapters are scaled by lora_alpha / r; by default 2 r")
     dtype: str = option(

@@ -18,19 +18,21 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sparse_ft.checkpoints import atomic_directory, check_output_dir, resolve_checkpoint, versions
+from sparse_ft.checkpoints import CheckpointReader, atomic_directory, check_output_dir, resolve_checkpoint, versions
+from sparse_ft.checkpoints.resolve import member
 from sparse_ft.cli.arguments import EvalArguments, ModelArguments, TextArguments, first_word_is_model, parse
-from sparse_ft.cli.measuring import choose_device, choose_dtype, choose_length, find_split
+from sparse_ft.cli.measuring import choose_device, choose_dtype, choose_length, find_split, load_checked
 from sparse_ft.cli.publishing import command_line, plain_arguments
 from sparse_ft.cli.refreshing import add_evaluation, is_sparse_checkpoint
 from sparse_ft.data import tokenize
 from sparse_ft.evaluation import PerplexityResult, ReportData, perplexity, write_report
-from sparse_ft.models import load_model, load_tokenizer
+from sparse_ft.models import load_tokenizer
 
 __all__ = ["run"]
 
 GROUPS = (ModelArguments, TextArguments, EvalArguments)
 ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -96,11 +98,13 @@ def load_subject(
     """The model in eval mode, with its adapter attached.
 
     Raises:
-        ValueError: If weights are missing, or an adapter of ours comes without its masks.
+        FileNotFoundError: if weights are missing, or an adapter of ours comes without its masks.
+        ValueError: if a file is damaged.
     """
-    model = load_model(subject.base, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    model = load_checked(subject.base, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     if subject.adapter is None:
         return model
+    CheckpointReader(member(subject.adapter, ADAPTER_WEIGHTS))
     from peft import PeftModel
 
     import sparse_ft.adapters  # noqa: F401  (makes PEFT know our adapter types)

@@ -8,13 +8,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from sparse_ft.checkpoints import CheckpointReader
 from sparse_ft.cli.arguments import EvaluationArguments, TextArguments, check_choice
 from sparse_ft.data import load_text, tokenize
 from sparse_ft.evaluation import perplexity
+from sparse_ft.models import load_model
 
-__all__ = ["EvalText", "choose_device", "choose_dtype", "choose_eval_text", "choose_length", "find_split", "measure"]
+__all__ = [
+    "EvalText",
+    "choose_device",
+    "choose_dtype",
+    "choose_eval_text",
+    "choose_length",
+    "find_split",
+    "load_checked",
+    "measure",
+]
 
 _LONGEST_DEFAULT = 2048
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -27,6 +38,17 @@ class EvalText:
     ids: Tensor
     dataset: str
     split: str
+
+
+def load_checked(directory: Path, **options: Any) -> PreTrainedModel:
+    """`load_model`, after a reader has refused damaged or unsafe weight files by name.
+
+    Raises:
+        ValueError: if a file is damaged, or the checkpoint is not a whole model.
+        FileNotFoundError: if a file is missing.
+    """
+    CheckpointReader(directory)
+    return load_model(directory, **options)
 
 
 def choose_device(name: str | None) -> torch.device:

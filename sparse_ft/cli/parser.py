@@ -106,7 +106,14 @@ class ConfigParser(TrlParser):  # type: ignore[misc]
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing the usage and leaving the process."""
         match = re.match(r"argument (?:[^:]*/)?(--[\w-]+)[^:]*: (.*)", message)
-        raise ValueError(f"{match[1]}: {match[2]}" if match else message[:1].upper() + message[1:] + ".")
+        if match is None:
+            raise ValueError(f"{message[:1].upper()}{message[1:]}.")
+        option, problem = "--" + match[1][2:].replace("-", "_"), match[2]
+        choice = re.match(r"invalid choice: '(.*?)' \(choose from (.*)\)", problem)
+        if choice is None:
+            raise ValueError(f"{option}: {problem}.")
+        known = choice[2].replace("'", "").split(", ")
+        raise ValueError(f"Unknown {option} {choice[1]!r}.{suggest(choice[1], known)}")
 
     def options(self) -> list[str]:
         """Names of every option, without dashes: the keys a recipe may use."""
@@ -126,6 +133,9 @@ class ConfigParser(TrlParser):  # type: ignore[misc]
             FileNotFoundError: No such recipe.
         """
         remaining, config = _split_config(argv)
+        for word in remaining:
+            if word.startswith("--") and word.split("=", 1)[0] not in self._option_string_actions:
+                self._unknown(word)
         tokens = [] if config is None else self._recipe_tokens(config)
         namespace, unknown = self.parse_known_args(tokens + remaining)
         if unknown:

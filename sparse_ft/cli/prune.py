@@ -26,10 +26,10 @@ from sparse_ft.cli.arguments import (
     check_choice,
     parse,
 )
-from sparse_ft.cli.measuring import EvalText, choose_device, choose_eval_text, choose_length, measure
+from sparse_ft.cli.measuring import EvalText, choose_device, choose_eval_text, choose_length, load_checked, measure
 from sparse_ft.cli.publishing import Outcome, plain_arguments, print_outcome, publish
 from sparse_ft.data import calibration_batches
-from sparse_ft.models import load_config, load_model, load_tokenizer
+from sparse_ft.models import load_config, load_tokenizer
 from sparse_ft.pruning import METHODS, prune_checkpoint
 
 __all__ = ["run"]
@@ -95,6 +95,6 @@ def _evaluate(
     directory: Path, text: EvalText, length: int, evaluation: EvaluationArguments, label: str, device: Any
 ) -> dict[str, Any]:
     """Load, measure, and let go of the model again."""
-    result = measure(load_model(directory, device=device), text, length, evaluation, label)
+    result = measure(load_checked(directory, device=device), text, length, evaluation, label)
     gc.collect()
     return result

@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from sparse_ft.checkpoints import CheckpointReader, Record, read_sidecars, resolve_checkpoint
+from sparse_ft.checkpoints import Record, read_sidecars, resolve_checkpoint
 from sparse_ft.cli.arguments import ModelArguments, ReportArguments, first_word_is_model, parse
 from sparse_ft.cli.main import VerificationError
+from sparse_ft.cli.measuring import load_checked
 from sparse_ft.cli.publishing import print_evaluations, print_sparsity
 from sparse_ft.cli.refreshing import is_sparse_checkpoint, refresh_report
 from sparse_ft.masks import MaskSet
-from sparse_ft.models import Target, find_targets, load_model, load_skeleton
+from sparse_ft.models import Target, find_targets, load_skeleton
 
 __all__ = ["run"]
 
@@ -78,8 +79,7 @@ def _print_steps(record: Record) -> None:
 
 def _report_foreign(directory: Path) -> None:
     """A model without our sidecars: what its zeros say. Nothing is written into it."""
-    CheckpointReader(directory)  # refuses damaged or unsafe files before transformers opens them
-    model = load_model(directory)
+    model = load_checked(directory)
     try:
         masks = MaskSet.from_zeros(model)
     except ValueError as error:

@@ -69,9 +69,9 @@ def open_run(directory: Path, wanted: Mapping[str, Any], *, resume: str | None, 
         ValueError: if the unfinished run was another one, or the checkpoint named is not whole.
     """
     checkpoint = checkpoint_to_resume(directory, wanted, resume)
-    directory.mkdir(parents=True, exist_ok=True)
-    atomic_write(directory / RUN_FILE, json.dumps(wanted, indent=2) + "\n")
     try:
+        directory.mkdir(parents=True, exist_ok=True)
+        atomic_write(directory / RUN_FILE, json.dumps(wanted, indent=2, default=str) + "\n")
         yield checkpoint
     except BaseException:
         if latest_complete_checkpoint(directory) is None:

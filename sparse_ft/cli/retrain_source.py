@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from sparse_ft.checkpoints import CheckpointReader, Record, check_weights, read_sidecars
+from sparse_ft.checkpoints import Record, check_weights, read_sidecars
+from sparse_ft.cli.measuring import load_checked
 from sparse_ft.cli.refreshing import is_sparse_checkpoint
 from sparse_ft.masks import MaskSet
-from sparse_ft.models import load_model
 
 __all__ = ["SparseModel", "load_sparse_model", "masks_from_zeros"]
 
@@ -45,8 +45,7 @@ def load_sparse_model(source: Path) -> SparseModel:
         ValueError: if the model is dense, or masks, record and weights do not belong together.
         RuntimeError: if a pruned weight is not zero.
     """
-    CheckpointReader(source)  # refuses damaged or unsafe files before transformers opens them
-    model = load_model(source)
+    model = load_checked(source)
     record: Record | None = None
     if is_sparse_checkpoint(source):
         masks, record = read_sidecars(source)
