@@ -12,9 +12,8 @@ Source: ERK: Mocanu et al. 2018 (Erdos-Renyi) and Evci et al. 2020, "Rigging the
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -22,7 +21,7 @@ from torch import Tensor
 from sparse_ft.masks import Pattern, check_sparsity
 
 _CHUNK = 1 << 22  # weights looked at together: bounds the temporaries and stays in cache
-_INFINITY_BIN = 0x7F80  # upper 16 bits of fp32 infinity; NaNs lie above
+_INFINITY = 0x7F80  # upper 16 bits of fp32 infinity; NaNs lie above
 
 
 def uniform(counts: Mapping[str, int], sparsity: float) -> dict[str, int]:
@@ -43,7 +42,7 @@ def global_magnitude(weights: Mapping[str, Tensor], sparsity: float, *, min_keep
     """One |W| threshold over all tensors, with at least K = int(N_total * min_keep) weights kept in each.
 
     Args:
-        weights: tensors by name. Each is read twice, one at a time, so a lazy mapping over a checkpoint works.
+        weights: tensors by name. Each is read three times, one at a time: a lazy mapping over a checkpoint works.
         sparsity: share removed of all weights together; exactly round(sparsity * N_total) go. Of equal magnitudes at
             the threshold the tensors first in name order lose theirs first.
         min_keep: floor per tensor as a share of ALL weights. Tensors smaller than K stay dense; where the floor binds,
@@ -55,8 +54,12 @@ def global_magnitude(weights: Mapping[str, Tensor], sparsity: float, *, min_keep
     share = _check_request(weights, sparsity)
     if not 0 <= min_keep < 1:
         raise ValueError(f"min_keep must lie in [0, 1), got {min_keep}; 0.0005 keeps 0.05% of all weights per tensor.")
-    histograms = {name: _histogram_high(name, weights[name]) for name in sorted(weights)}
-    counts = {name: int(histogram.sum()) for name, histogram in histograms.items()}
+    counts: dict[str, int] = {}
+    histogram = torch.zeros(1 << 16, dtype=torch.int64)
+    for name in sorted(weights):
+        weight = weights[name]
+        counts[name] = weight.numel()
+        histogram += _histogram(name, weight)
     total = sum(counts.values())
     target, floor = round(share * total), int(total * min_keep)
     capacity = {name: count - floor if count >= floor else 0 for name, count in counts.items()}
@@ -65,7 +68,7 @@ def global_magnitude(weights: Mapping[str, Tensor], sparsity: float, *, min_keep
             f"Sparsity {share:g} removes {target} weights but keeping {floor} in each of {len(counts)} tensors leaves "
             f"{sum(capacity.values())} to remove; lower the sparsity or min_keep."
         )
-    below = _count_below_threshold(weights, histograms, target)
+    below = _count_below_threshold(weights, list(counts), histogram, target)
     return _respect_capacity(below, capacity, counts, target)
 
 
@@ -103,46 +106,52 @@ def _magnitude_bits(weight: Tensor) -> Iterator[Tensor]:
         yield chunk.abs().float().view(torch.int32)
 
 
-def _histogram_high(name: str, weight: Tensor) -> Tensor:
-    """Count of weights for each value of the upper 16 bits of |W|, (32768,) int32 on the CPU."""
-    histogram = torch.zeros(1 << 15, dtype=torch.int32)
+def _histogram(name: str, weight: Tensor, high: int | None = None) -> Tensor:
+    """Count for each value of the upper 16 bits of |W|, or of the lower 16 bits where the upper ones are `high`."""
+    histogram = torch.zeros(1 << 16, dtype=torch.int64)
     for bits in _magnitude_bits(weight):
-        histogram += torch.bincount(bits >> 16, minlength=1 << 15).cpu()
-    if bool(histogram[_INFINITY_BIN:].any()):
+        digit = bits >> 16 if high is None else bits[bits >> 16 == high] & 0xFFFF
+        histogram += torch.bincount(digit, minlength=1 << 16).cpu()
+    if high is None and bool(histogram[_INFINITY:].any()):
         raise ValueError(f"'{name}' contains NaN or infinite weights; repair the checkpoint before pruning.")
     return histogram
 
 
-def _histogram_low(weight: Tensor, high: int) -> Tensor:
-    """Count for each value of the lower 16 bits among the weights whose upper 16 bits are `high`, (65536,) int32."""
-    histogram = torch.zeros(1 << 16, dtype=torch.int32)
-    for bits in _magnitude_bits(weight):
-        inside = bits[bits >> 16 == high] & 0xFFFF
-        histogram += torch.bincount(inside, minlength=1 << 16).cpu()
-    return histogram
+def _count_below_threshold(
+    weights: Mapping[str, Tensor], names: Sequence[str], histogram: Tensor, target: int
+) -> dict[str, int]:
+    """How many of the `target` globally smallest |W| lie in each tensor: radix selection in two digits of 16 bits.
 
-
-def _count_below_threshold(weights: Mapping[str, Tensor], high: dict[str, Tensor], target: int) -> dict[str, int]:
-    """How many of the `target` globally smallest |W| lie in each tensor: radix selection in two digits of 16 bits."""
+    Args:
+        weights: tensors by name.
+        names: the order in which equal magnitudes go.
+        histogram: of the upper 16 bits over all tensors.
+        target: how many go in total.
+    """
     if target == 0:
-        return dict.fromkeys(high, 0)
-    digit, inside = _select(high.values(), target)
-    low = {name: _histogram_low(weights[name], digit) for name in high}
-    last, ties = _select(low.values(), inside)
-    below = {}
-    for name in high:
-        tied = min(ties, int(low[name][last]))
+        return dict.fromkeys(names, 0)
+    high, rank = _select(histogram, target)
+    inside = torch.zeros_like(histogram)
+    for name in names:
+        inside += _histogram(name, weights[name], high)
+    low, ties = _select(inside, rank)
+    threshold, below = high << 16 | low, {}
+    for name in names:
+        smaller, tied = 0, 0
+        for bits in _magnitude_bits(weights[name]):
+            smaller += int((bits < threshold).sum())
+            tied += int((bits == threshold).sum())
+        tied = min(ties, tied)
         ties -= tied
-        below[name] = int(high[name][:digit].sum()) + int(low[name][:last].sum()) + tied
+        below[name] = smaller + tied
     return below
 
 
-def _select(histograms: Iterable[Tensor], rank: int) -> tuple[int, int]:
-    """Bin of the summed histograms that holds the element of 1-based `rank`, and its rank among those of that bin."""
-    total = functools.reduce(torch.add, histograms, torch.zeros(1, dtype=torch.int64))
-    cumulative = total.cumsum(0)
+def _select(histogram: Tensor, rank: int) -> tuple[int, int]:
+    """Bin that holds the element of 1-based `rank`, and its rank among the elements of that bin."""
+    cumulative = histogram.cumsum(0)
     index = int(torch.searchsorted(cumulative, rank))
-    return index, rank - int(cumulative[index] - total[index])
+    return index, rank - int(cumulative[index] - histogram[index])
 
 
 def _respect_capacity(
