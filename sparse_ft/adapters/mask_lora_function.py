@@ -187,7 +187,7 @@ class _MaskLoraLinear(torch.autograd.Function):
                 first, second = (rows, grad_rows) if ctx.fan_in_fan_out else (grad_rows, rows)
                 gradient = mask_(torch.mm(first.t(), second, out=temporary), keep)
                 gradient = gradient.t() if ctx.fan_in_fan_out else gradient
-                A, B = (right.t(), left.t()) if ctx.fan_in_fan_out else (right, left)
+                A, B = (left.t(), right.t()) if ctx.fan_in_fan_out else (right, left)
                 dA = (B.t() @ gradient).to(lora_A.dtype).mul_(ctx.scaling) if needs_A else None
                 dB = (gradient @ A.t()).to(lora_B.dtype).mul_(ctx.scaling) if needs_B else None
             if needs_bias:

@@ -1,0 +1,71 @@
+"""Pruned tiny models for the adapter tests."""
+
+from __future__ import annotations
+
+import torch
+from peft import PeftModel, get_peft_model
+from tiny_models import TINY, tiny_batch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from sparse_ft.adapters import MaskLoraConfig
+from sparse_ft.masks import MaskSet
+from sparse_ft.models import find_targets, named_weights
+
+
+def sparse_model(
+    name: str = "llama",
+    *,
+    pattern: str = "unstructured",
+    dtype: torch.dtype = torch.float32,
+    sparsity: float = 0.6,
+    seed: int = 0,
+) -> tuple[PreTrainedModel, MaskSet]:
+    """A tiny model with its smallest weights pruned, and the masks. The same arguments give the same model."""
+    model = TINY[name](seed).to(dtype)
+    weights, targets = named_weights(model), find_targets(model)
+    masks = MaskSet.from_scores(
+        {target.name: weights[target.name].detach().float().abs() for target in targets},
+        pattern=pattern,
+        sparsity=sparsity if pattern == "unstructured" else None,
+        input_dims={target.name: target.input_dim for target in targets},
+    )
+    masks.apply_(model)
+    return model, masks
+
+
+def adapted(model: nn.Module, masks: MaskSet, *, seed: int = 1, **options: object) -> PeftModel:
+    """A MaskLoRA model as it is after some training: B is not zero."""
+    torch.manual_seed(seed)
+    peft_model = get_peft_model(model, MaskLoraConfig(**{"r": 4, "masks": masks, **options}))
+    perturb(peft_model, seed=seed)
+    return peft_model.eval()
+
+
+@torch.no_grad()
+def perturb(model: nn.Module, *, adapter: str = "default", seed: int = 1) -> None:
+    """Draw the adapter's factors, B included."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if f".{adapter}.weight" in name and "lora_" in name:
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+
+
+@torch.no_grad()
+def logits(model: nn.Module) -> Tensor:
+    """Of the fixed batch."""
+    return model(**tiny_batch(model)).logits
+
+
+def train(model: nn.Module, *, steps: int = 3, lr: float = 1e-2) -> None:
+    """A few AdamW steps on the fixed batch."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
+    for _ in range(steps):
+        model(**tiny_batch(model)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def snapshot(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of all parameters by canonical name."""
+    return {name: weight.detach().clone() for name, weight in named_weights(model).items()}

@@ -1,0 +1,202 @@
+"""Time and memory of one MaskLoRA training step against plain LoRA, its floor and full fine-tuning.
+
+    python tests/benchmarks/bench_mask_lora.py --output docs/results/mask_lora/step.json
+    python tests/benchmarks/bench_mask_lora.py --size tiny --pairs 1 --no-memory          # a smoke run
+
+A step is forward, backward, AdamW and zero_grad of a Llama built from its config, as Trainer does it: fp32 parameters,
+bf16 autocast. The floor is plain LoRA that also computes one weight gradient per adapted layer and throws it away: what
+a masked update cannot do without. Variants run in one process, in turn, and a result is the median over rounds of the
+ratio to plain LoRA in the same round. Memory is the peak of a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from results import write_result
+from torch import Tensor, nn
+
+SIZES = {
+    "tiny": dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, vocab_size=256),
+    "50m": dict(hidden_size=512, intermediate_size=1536, num_hidden_layers=12, num_attention_heads=8, vocab_size=8192),
+    "1b": dict(
+        hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32, vocab_size=32000
+    ),
+}
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def base_model(args: argparse.Namespace) -> nn.Module:
+    """A Llama from its config, half of its weights pruned."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(args.seed)
+    config = LlamaConfig(**SIZES[args.size], max_position_embeddings=max(args.tokens, 64), use_cache=False)
+    model = LlamaForCausalLM(config).to(args.device).train()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if any(f"{linear}." in name for linear in LINEARS):
+                weight.mul_(torch.rand_like(weight) > args.sparsity)
+    return model
+
+
+def full(args: argparse.Namespace) -> nn.Module:
+    """Every parameter trained, dense."""
+    return base_model(args)
+
+
+def lora(args: argparse.Namespace) -> nn.Module:
+    """PEFT's LoRA on every linear of the blocks."""
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(base_model(args), LoraConfig(r=args.rank, lora_alpha=2 * args.rank, target_modules=LINEARS))
+
+
+def floor(args: argparse.Namespace) -> nn.Module:
+    """LoRA, and for each adapted layer the product dYᵀ X in the dtype autocast uses."""
+    from peft.tuners.lora import LoraLayer
+
+    model = lora(args)
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.register_forward_hook(also_weight_gradient)
+    return model
+
+
+def also_weight_gradient(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    rows = inputs[0].detach().to(output.dtype).flatten(0, -2)
+    output.register_hook(lambda grad: torch.mm(grad.flatten(0, -2).t(), rows) is None or None)
+
+
+def mask_lora(args: argparse.Namespace) -> nn.Module:
+    """MaskLoRA on the same layers."""
+    from peft import get_peft_model
+
+    from sparse_ft import MaskLoraConfig, MaskSet
+
+    model = base_model(args)
+    return get_peft_model(model, MaskLoraConfig(r=args.rank, masks=MaskSet.from_zeros(model)))
+
+
+VARIANTS: dict[str, Callable[[argparse.Namespace], nn.Module]] = {
+    "lora": lora,
+    "mask_lora": mask_lora,
+    "floor": floor,
+    "full": full,
+}
+
+
+class Run:
+    """One variant with its optimizer, ready to step."""
+
+    def __init__(self, name: str, args: argparse.Namespace) -> None:
+        self.args, self.model = args, VARIANTS[name](args)
+        trainable = [p for p in self.model.parameters() if p.requires_grad]
+        self.trainable = sum(p.numel() for p in trainable)
+        self.optimizer = torch.optim.AdamW(trainable, lr=1e-4, fused=True)
+        ids = torch.randint(0, SIZES[args.size]["vocab_size"], (args.batch, args.tokens), device=args.device)
+        self.batch = {"input_ids": ids, "labels": ids}
+
+    def step(self) -> None:
+        with torch.autocast(self.args.device, dtype=torch.bfloat16):
+            loss = self.model(**self.batch).loss
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def timed(self) -> tuple[float, float]:
+        """Wall and CPU seconds of one step, averaged over `steps`."""
+        wall, cpu = time.perf_counter(), time.process_time()
+        for _ in range(self.args.steps):
+            self.step()
+        if self.args.device == "cuda":
+            torch.cuda.synchronize()
+        return (time.perf_counter() - wall) / self.args.steps, (time.process_time() - cpu) / self.args.steps
+
+
+def measure_times(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Rounds of one measurement of each variant; every other round backwards, so that none is always first."""
+    runs = {name: Run(name, args) for name in args.variants}
+    for run in runs.values():
+        run.timed()
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
+    for number in range(args.pairs):
+        for name in list(runs) if number % 2 == 0 else list(runs)[::-1]:
+            times[name].append(runs[name].timed())
+    rows = {}
+    for name, measured in times.items():
+        row: dict[str, Any] = {"variant": name, "trainable": runs[name].trainable}
+        for column, index in (("wall", 0), ("cpu", 1)):
+            row[f"{column}_s"] = round(statistics.median(pair[index] for pair in measured), 5)
+            ratios = [pair[index] / reference[index] for pair, reference in zip(measured, times["lora"], strict=True)]
+            row[f"{column}_over_lora"] = round(statistics.median(ratios), 4)
+        rows[name] = row
+    return rows
+
+
+def peak_memory(name: str, args: argparse.Namespace, queue: Any) -> None:
+    """Peak of this process in MB: resident memory, or what CUDA allocated."""
+    torch.set_num_threads(args.threads)
+    run = Run(name, args)
+    run.step()
+    run.step()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    queue.put(torch.cuda.max_memory_allocated() / 2**20 if args.device == "cuda" else peak)
+
+
+def measure_memory(args: argparse.Namespace) -> dict[str, float]:
+    context = multiprocessing.get_context("spawn")
+    peaks = {}
+    for name in args.variants:
+        queue = context.Queue()
+        process = context.Process(target=peak_memory, args=(name, args, queue))
+        process.start()
+        peaks[name] = round(queue.get(), 1)
+        process.join()
+    return peaks
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="50m")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--sparsity", type=float, default=0.5)
+    parser.add_argument("--pairs", type=int, default=7, help="rounds, each with one measurement of every variant")
+    parser.add_argument("--steps", type=int, default=2, help="steps per measurement")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--output", help="JSON file to write")
+    args = parser.parse_args()
+    if "lora" not in args.variants:
+        parser.error("the variants must include lora, the reference")
+    torch.set_num_threads(args.threads)
+    rows = measure_times(args)
+    for name, peak in ({} if args.no_memory else measure_memory(args)).items():
+        rows[name]["peak_mb"] = peak
+    print_table(list(rows.values()))
+    if args.output:
+        protocol = {k: v for k, v in vars(args).items() if k != "output"} | {"dtype": "fp32, bf16 autocast"}
+        write_result(args.output, __file__, list(rows.values()), protocol, [args.seed])
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    columns = list(rows[0])
+    widths = [max(len(column), *(len(str(row[column])) for row in rows)) for column in columns]
+    for cells in [columns, *([str(row[column]) for column in columns] for row in rows)]:
+        print("  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True)))
+
+
+if __name__ == "__main__":
+    main()
