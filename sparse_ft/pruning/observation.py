@@ -6,7 +6,6 @@ have one statistic per expert, over the tokens the router sent there.
 
 from __future__ import annotations
 
-import inspect
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -17,13 +16,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from sparse_ft.models import Target
+from sparse_ft.pruning.expert_inputs import LAST_PROJECTION, between_projections, expert_inputs
 from sparse_ft.pruning.plan import Statistic, matrix_names
 from sparse_ft.pruning.replay import StopForward
 
 MakeStatistic = Callable[..., Statistic]
-
-_FIRST_PROJECTIONS = ("gate_up_proj", "up_proj")
-_LAST_PROJECTION = "down_proj"
 
 
 class InputGroup:
@@ -83,7 +80,7 @@ class BlockObserver:
         for target, module in targets:
             self._targets.setdefault(module, []).append(target)
         self._group_of: dict[nn.Module, InputGroup] = {}
-        self._expert_groups: dict[nn.Module, dict[str, list[InputGroup]]] = {}
+        self._expert_groups: dict[nn.Module, tuple[list[InputGroup], list[InputGroup]]] = {}
         self._recent: dict[tuple[Any, ...], tuple[weakref.ref[Tensor], InputGroup]] = {}
         self._calls: Counter[nn.Module] = Counter()
         self._may_stop = False
@@ -92,12 +89,10 @@ class BlockObserver:
 
     def __enter__(self) -> BlockObserver:
         for module, targets in self._targets.items():
-            if targets[0].kind != "experts":
-                hook = partial(self._observe_linear, targets[0])
-            elif _follows_experts_interface(module, targets):
+            if targets[0].kind == "experts":
                 hook = partial(self._observe_experts, targets)
             else:
-                continue
+                hook = partial(self._observe_linear, targets[0])
             self._hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         return self
 
@@ -121,9 +116,7 @@ class BlockObserver:
         for group in self.groups:
             group.start_batch()
 
-    def _observe_linear(
-        self, target: Target, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
+    def _observe_linear(self, target: Target, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs = args[0] if args else next(value for value in kwargs.values() if isinstance(value, Tensor))
         key = (inputs.data_ptr(), inputs.shape, inputs.stride(), inputs._version)
         seen, shared = self._recent.get(key, (None, None))
@@ -142,30 +135,29 @@ class BlockObserver:
     def _observe_experts(
         self, targets: Sequence[Target], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        call = inspect.signature(type(module).forward).bind(module, *args, **kwargs).arguments
-        hidden, routing = call["hidden_states"], call["top_k_index"]
-        hidden = hidden.reshape(-1, hidden.shape[-1])
-        groups = self._groups_of_experts(module, targets)
-        for expert in range(targets[0].shape[0]):
-            rows = (routing == expert).reshape(len(hidden), -1).any(-1).nonzero().squeeze(1)
-            if rows.numel() == 0:
-                continue
-            inputs = hidden[rows]
-            if "first" in groups:
-                groups["first"][expert].add(inputs, self._make, module)
-            if "last" in groups:
-                groups["last"][expert].add(_between_projections(module, expert, inputs), self._make, module)
+        first, last = self._groups_of_experts(module, targets)
+        transposed = targets[0].input_dim == 1
+        for expert, inputs in expert_inputs(module, targets[0].shape[0], args, kwargs):
+            if first:
+                first[expert].add(inputs, self._make, module)
+            if last:
+                inputs = between_projections(module, expert, inputs, transposed=transposed)
+                last[expert].add(inputs, self._make, module)
         self._count(module)
 
-    def _groups_of_experts(self, module: nn.Module, targets: Sequence[Target]) -> dict[str, list[InputGroup]]:
+    def _groups_of_experts(
+        self, module: nn.Module, targets: Sequence[Target]
+    ) -> tuple[list[InputGroup], list[InputGroup]]:
+        """Per expert, the group of the module's own input and that of the input of its last projection."""
         if module not in self._expert_groups:
-            groups: dict[str, list[InputGroup]] = {}
+            first: list[InputGroup] = []
+            last: list[InputGroup] = []
             for target in targets:
-                place = "last" if target.name.endswith(_LAST_PROJECTION) else "first"
-                groups[place] = [self._new_group() for _ in range(target.shape[0])]
-                for group, name in zip(groups[place], matrix_names(target), strict=True):
+                groups = last if target.name.endswith(f".{LAST_PROJECTION}") else first
+                groups.extend(self._new_group() for _ in range(target.shape[0] - len(groups)))
+                for group, name in zip(groups, matrix_names(target), strict=True):
                     group.matrices.append(name)
-            self._expert_groups[module] = groups
+            self._expert_groups[module] = (first, last)
         return self._expert_groups[module]
 
     def _new_group(self) -> InputGroup:
@@ -176,27 +168,3 @@ class BlockObserver:
         self._calls[module] += 1
         if self._may_stop and len(self._calls) == len(self._hooks):
             raise StopForward
-
-
-def _follows_experts_interface(module: nn.Module, targets: Sequence[Target]) -> bool:
-    """Whether these are transformers' fused experts: `forward(hidden_states, top_k_index, …)`, two projections."""
-    names = {target.name.rpartition(".")[2] for target in targets}
-    arguments = inspect.signature(type(module).forward).parameters
-    known = names <= {*_FIRST_PROJECTIONS, _LAST_PROJECTION} and len(names & set(_FIRST_PROJECTIONS)) <= 1
-    return known and {"hidden_states", "top_k_index"} <= set(arguments)
-
-
-def _between_projections(module: Any, expert: int, inputs: Tensor) -> Tensor:
-    """What the last projection of one expert receives when the first one gets `inputs` (t, d): (t, intermediate)."""
-    name = next(name for name in _FIRST_PROJECTIONS if hasattr(module, name))
-    weight = getattr(module, name)[expert]
-    bias = getattr(module, f"{name}_bias", None)
-    out = inputs.to(weight.dtype) @ (weight if getattr(module, "is_transposed", False) else weight.T)
-    if bias is not None:
-        out = out + bias[expert]
-    if name == "up_proj":
-        return module.act_fn(out)
-    if hasattr(module, "_apply_gate"):
-        return module._apply_gate(out)
-    gate, up = out.chunk(2, dim=-1)
-    return module.act_fn(gate) * up

@@ -19,7 +19,7 @@ model read such a tensor later after all, it reads NaN, never a wrong number.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
@@ -40,6 +40,19 @@ class _BlockReached(StopForward):
 
 
 @dataclass(frozen=True)
+class _Call:
+    """What one call of a block left behind.
+
+    Attributes:
+        output: what it returned.
+        notes: what it wrote into dictionaries it was given, by argument name: Gemma's blocks share keys and values so.
+    """
+
+    output: Any
+    notes: dict[str, dict[Any, Any]]
+
+
+@dataclass(frozen=True)
 class _Dropped:
     """Stands for a recorded tensor that is dead."""
 
@@ -54,13 +67,13 @@ class _Dropped:
 class _StandIn(nn.Module):
     """Takes a block's place in the model. Attributes the model reads of the block are still the block's."""
 
-    def __init__(self, block: nn.Module, answer: Callable[[], Any]) -> None:
+    def __init__(self, block: nn.Module, answer: Callable[[dict[str, Any]], Any]) -> None:
         super().__init__()
         self.__dict__["_block"] = block  # not as a submodule: the block is not in the model now
         self.__dict__["_answer"] = answer
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self._answer()
+        return self._answer(kwargs)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -95,11 +108,12 @@ class BlockReplay:
         self._device = device
         self._stand_ins = [_StandIn(block, partial(self._answer, i)) for i, block in enumerate(self._blocks)]
         self._slots: list[list[tuple[nn.Module, str]]] = []
-        self._recorded: list[dict[int, list[Any]]] = [{} for _ in batches]  # batch -> block -> output of each call
+        self._recorded: list[dict[int, list[_Call]]] = [{} for _ in batches]  # batch -> block -> its calls
         self._taken: list[set[int]] = [set() for _ in batches]  # batch -> id of recorded tensors a block took in
         self._number = 0
         self._copies: dict[int, Tensor] = {}  # this forward's copy of each recorded tensor, by its id
         self._calls: dict[int, int] = {}
+        self._dictionaries: dict[str, dict[Any, Any]] = {}  # what the running block was given, before it ran
         accepted = inspect.signature(model.forward).parameters
         self._options = {"use_cache": False} if "use_cache" in accepted else {}
 
@@ -149,14 +163,14 @@ class BlockReplay:
             RuntimeError: if the model does not call the block for one of the batches.
         """
         block = self._blocks[index]
-        outputs: list[Any] = []
-        hooks = [block.register_forward_pre_hook(self._note_inputs, with_kwargs=True, prepend=True)]
+        calls: list[_Call] = []
+        hooks = [block.register_forward_pre_hook(partial(self._on_entry, index), with_kwargs=True, prepend=True)]
         if record:
-            hooks.append(block.register_forward_hook(lambda module, inputs, output: outputs.append(output)))
+            hooks.append(block.register_forward_hook(partial(self._on_exit, calls), with_kwargs=True))
         self._place(index, block)
         try:
             for number in range(len(self._batches)):
-                outputs.clear()
+                calls.clear()
                 if before_batch is not None:
                     before_batch(number)
                 try:
@@ -169,7 +183,7 @@ class BlockReplay:
                         f"{number}; give batches with the same kinds of input."
                     )
                 if record:
-                    self._recorded[number][index] = list(outputs)
+                    self._recorded[number][index] = list(calls)
         finally:
             self._place(index, self._stand_ins[index])
             for hook in hooks:
@@ -189,14 +203,17 @@ class BlockReplay:
         finally:
             self._copies = {}
 
-    def _answer(self, index: int) -> Any:
-        """What a block that is not running returns: its recorded output, or the end of this forward."""
+    def _answer(self, index: int, kwargs: dict[str, Any]) -> Any:
+        """What a block that is not running does: it repeats its recorded call, or ends this forward."""
         recorded = self._recorded[self._number].get(index)
         if recorded is None:
             raise _BlockReached(index)
-        call = self._calls.get(index, 0)
-        self._calls[index] = call + 1
-        return _map_tensors(recorded[min(call, len(recorded) - 1)], self._copy)
+        number = self._calls.get(index, 0)
+        self._calls[index] = number + 1
+        call = recorded[min(number, len(recorded) - 1)]
+        for name, notes in call.notes.items():
+            kwargs[name].update(_map_tensors(notes, self._copy))
+        return _map_tensors(call.output, self._copy)
 
     def _copy(self, tensor: Tensor | _Dropped) -> Tensor:
         """A block or the model may write into what it is given, so recorded tensors are given as copies."""
@@ -206,9 +223,18 @@ class BlockReplay:
             self._copies[id(tensor)] = tensor.clone()
         return self._copies[id(tensor)]
 
-    def _note_inputs(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _on_exit(
+        self, calls: list[_Call], block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        notes = {
+            name: {key: value for key, value in kwargs[name].items() if before.get(key) is not value}
+            for name, before in self._dictionaries.items()
+        }
+        calls.append(_Call(output, {name: written for name, written in notes.items() if written}))
+
+    def _on_entry(self, index: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """See which recorded tensors the running block takes in, and drop those that no block takes any more."""
-        index = next(i for i, b in enumerate(self._blocks) if b is block)
+        self._dictionaries = {name: dict(value) for name, value in kwargs.items() if isinstance(value, MutableMapping)}
         self._calls[index] = self._calls.get(index, 0) + 1
         if self._calls[index] > 1:
             return
@@ -220,8 +246,11 @@ class BlockReplay:
         if not dead:
             return
         recorded = self._recorded[self._number]
-        for done, outputs in recorded.items():
-            recorded[done] = [_map_tensors(output, lambda t: _drop(t) if id(t) in dead else t) for output in outputs]
+        for done, calls in recorded.items():
+            recorded[done] = [
+                _Call(_map_tensors(call.output, lambda t: _drop(t) if id(t) in dead else t), call.notes)
+                for call in calls
+            ]
         taken -= dead  # their ids may be used again
 
     def _place(self, index: int, module: nn.Module) -> None:

@@ -110,7 +110,7 @@ def _warn_of_starved(matrices: Sequence[str]) -> None:
     if matrices:
         listing = ", ".join(matrices[:8]) + (f" and {len(matrices) - 8} more" if len(matrices) > 8 else "")
         warnings.warn(
-            f"{len(matrices)} matrices saw fewer than {MIN_TOKENS} calibration tokens and were pruned by magnitude: "
-            f"{listing}; give more calibration data.",
+            f"{len(matrices)} matrices saw fewer than {MIN_TOKENS} calibration tokens, or only zeros, and were pruned "
+            f"by magnitude: {listing}; give more calibration data.",
             stacklevel=4,
         )

@@ -141,10 +141,7 @@ class StoredWeights:
         return {name: value[0] if isinstance(value, list) else value for name, value in live.items()}
 
     def _check_complete(self) -> None:
-        names: dict[int, list[str]] = {}
-        for name, parameter in self._model.named_parameters(remove_duplicate=False):
-            names.setdefault(id(parameter), []).append(name)
-        missing = [tied[0] for tied in names.values() if not any(name in self.piece_of for name in tied)]
+        missing = [tied[0] for tied in _tied_names(self._model) if not any(name in self.piece_of for name in tied)]
         if missing:
             raise ValueError(
                 f"'{self._reader.path}' lacks {len(missing)} tensors of {type(self._model).__name__}, among them "
@@ -179,13 +176,8 @@ class LiveModel:
     def __init__(self, model: nn.Module, blocks: Sequence[tuple[str, nn.Module]], weights: StoredWeights) -> None:
         self._weights = weights
         self._buffers = {name: _owner(model, name) for name, _ in model.named_buffers()}
-        self._places: dict[str, list[tuple[nn.Module, str]]] = {}
-        tied: dict[int, list[str]] = {}
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            tied.setdefault(id(parameter), []).append(name)
-        for names in tied.values():
-            places = [_owner(model, name) for name in names]
-            self._places.update(dict.fromkeys(names, places))
+        self._places = {name: _owner(model, name) for name, _ in model.named_parameters(remove_duplicate=False)}
+        self._tied = {name: names for names in _tied_names(model) for name in names}
         inside = {id(module) for _, block in blocks for module in block.modules()}
         self._hooks = [
             module.register_forward_pre_hook(self._fetch_before(prefix))
@@ -199,46 +191,39 @@ class LiveModel:
             hook.remove()
 
     def fetch(self, prefix: str, *, recurse: bool = True) -> None:
-        """Put in the parameters and saved buffers under a module's name."""
+        """Put in the parameters and saved buffers under a module's name, but for those that are there."""
         start = f"{prefix}." if prefix else ""
-        names = [n for n in [*self._places, *self._buffers] if n.startswith(start)]
+        absent = [n for n, place in self._places.items() if getattr(*place).is_meta]
+        names = [n for n in [*absent, *self._buffers] if n.startswith(start)]
         wanted = [n for n in names if recurse or "." not in n[len(start) :]]
-        pieces = {self._piece(name) for name in wanted} - {None}
-        for piece in pieces:
-            assert piece is not None
-            for name, tensor in self._weights.read(piece).items():
-                self._install(name, tensor)
+        for piece in {self._piece(name) for name in wanted}:
+            if piece is not None:
+                for name, tensor in self._weights.read(piece).items():
+                    self._install(name, tensor)
 
     def drop(self, prefix: str) -> None:
-        """Put the parameters under a module's name back on the meta device."""
-        for name, places in self._places.items():
-            if name.startswith(f"{prefix}."):
-                for module, attribute in places:
-                    old = getattr(module, attribute)
-                    setattr(module, attribute, nn.Parameter(torch.empty_like(old, device="meta"), requires_grad=False))
+        """Put the parameters under a module's name back on the meta device, but for those tied to others outside."""
+        start = f"{prefix}."
+        for name, (module, attribute) in self._places.items():
+            if name.startswith(start) and all(other.startswith(start) for other in self._tied[name]):
+                empty = torch.empty_like(getattr(module, attribute), device="meta")
+                setattr(module, attribute, nn.Parameter(empty, requires_grad=False))
 
-    def parameters_of(self, piece: Piece) -> dict[str, Tensor]:
+    def tensors_of(self, piece: Piece) -> dict[str, Tensor]:
         """The tensors of a piece as they are in the model now."""
-        return {name: getattr(*self._place(name)).detach() for name in piece.live}
+        return {name: getattr(*(self._places.get(name) or self._buffers[name])).detach() for name in piece.live}
 
     def _piece(self, name: str) -> Piece | None:
-        if name in self._weights.piece_of or name not in self._places:
-            return self._weights.piece_of.get(name)
-        tied = self._places[name]
-        return next(self._weights.piece_of[n] for n, places in self._places.items()
-                    if places is tied and n in self._weights.piece_of)  # fmt: skip
-
-    def _place(self, name: str) -> tuple[nn.Module, str]:
-        return self._places[name][0] if name in self._places else self._buffers[name]
+        names = self._tied.get(name, [name])
+        return next((self._weights.piece_of[n] for n in names if n in self._weights.piece_of), None)
 
     def _install(self, name: str, tensor: Tensor) -> None:
         if name in self._places:
             parameter = nn.Parameter(tensor, requires_grad=False)
-            for module, attribute in self._places[name]:
-                setattr(module, attribute, parameter)
+            for tied in self._tied[name]:
+                setattr(*self._places[tied], parameter)
         elif name in self._buffers:
-            module, attribute = self._buffers[name]
-            setattr(module, attribute, tensor)
+            setattr(*self._buffers[name], tensor)
 
     def _fetch_before(self, prefix: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -251,6 +236,14 @@ class LiveModel:
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     path, _, attribute = name.rpartition(".")
     return model.get_submodule(path), attribute
+
+
+def _tied_names(model: nn.Module) -> list[list[str]]:
+    """The names of each parameter: several when it is tied."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return list(names.values())
 
 
 def _intended_dtypes(model: Any) -> dict[str, torch.dtype]:

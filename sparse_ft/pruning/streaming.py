@@ -166,7 +166,7 @@ class _Streaming:
             self._masks.update(masks)
             targets = [target for target in self._targets if target.block == block]
             pieces = {self._weights.piece_of[target.name] for target in targets}
-            tensors = {name: tensor for piece in pieces for name, tensor in live.parameters_of(piece).items()}
+            tensors = {name: tensor for piece in pieces for name, tensor in live.tensors_of(piece).items()}
             self._write(targets, tensors, writer)
             live.drop(block)
 
