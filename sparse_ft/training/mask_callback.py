@@ -113,7 +113,8 @@ class MaskCallback(TrainerCallback):
 
     Checked at the start, after the first step, at each evaluation and save, and at the end (after
     `load_best_model_at_end`). A step that is to be saved is checked before the checkpoint is written. Each
-    `checkpoint-N` gets `sparse_masks.safetensors` and `sparse_ft.json`, so it is a sparse checkpoint itself.
+    `checkpoint-N` gets `sparse_masks.safetensors` and `sparse_ft.json`, so it is a sparse checkpoint itself; MaskLoRA
+    saves its own masks.
 
     Each log of the Trainer gains `sparsity/total` (share of zeros in the masked weights, as last measured) and
     `sparsity/kept_zero` (kept weights that are zero). They are in `trainer.state.log_history`, in `trainer_state.json`
@@ -294,8 +295,9 @@ def _masks_of(model: nn.Module, args: TrainingArguments, state: TrainerState) ->
 
 
 def _write_sidecars(checkpoint: Path, masks: MaskSet, model: nn.Module, state: TrainerState) -> None:
-    if hasattr(model, "peft_config") and (checkpoint / MASKS_FILE).is_file():
-        return  # a masked adapter has saved the masks it was made with
+    adapters = getattr(model, "peft_config", {}).values()
+    if any(getattr(config, "masks", None) is not None for config in adapters):
+        return  # a masked adapter has saved its own masks with itself
     arguments = {"step": state.global_step, "max_steps": state.max_steps}
     write_sidecars(checkpoint, masks, make_record(masks, model, command="train", arguments=arguments))
 
