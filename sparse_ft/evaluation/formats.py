@@ -34,7 +34,9 @@ def percent(share: float, digits: int = 2) -> str:
 
 
 def perplexity(value: Any) -> str:
-    """Four significant digits below 1,000, whole numbers above; `inf` and `nan` as they are."""
+    """Four significant digits below 1,000, whole numbers above; `inf` and `nan` as they are, an en dash for None."""
+    if value is None:
+        return "–"
     if not finite(value):
         return str(value)
     if value >= 1e7:

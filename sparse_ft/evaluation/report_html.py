@@ -63,13 +63,10 @@ def kind_of(entry: Mapping[str, Any]) -> str:
 
 
 def _header(numbers: Numbers) -> Markup:
+    eyebrow = " · ".join(part for part in ("sparse_ft", numbers["title"], numbers["method"]) if part)
     text = tag(
         "div",
-        tag(
-            "p",
-            " · ".join(part for part in ("sparse_ft", numbers["title"], numbers["method"]) if part),
-            class_="eyebrow",
-        ),
+        tag("p", eyebrow, class_="eyebrow"),
         tag("h1", numbers["model"]),
         tag("p", numbers["verdict"], class_="verdict"),
     )
@@ -88,7 +85,7 @@ def _key_figures(numbers: Numbers) -> Markup | None:
     if total:
         zeros = f"{formats.count(total['zeros'])} of {formats.count(total['total'])} weights are zero"
         figures.append(_figure("Sparsity", exact(total["sparsity"], formats.percent(total["sparsity"])), zeros))
-        figures.append(_figure("Pattern", join(total["pattern"]), _pattern_line(total), not total["violations"]))
+        figures.append(_figure("Pattern", join(numbers["pattern"]), _pattern_line(total), not total["violations"]))
     if evaluations:
         figures.append(_perplexity_figure(evaluations, change))
     if total:
@@ -110,9 +107,7 @@ def _pattern_line(total: Mapping[str, Any]) -> str:
         return "no structure asked for"
     if total["violations"]:
         return f"broken in {formats.count(total['violations'])} groups"
-    return (
-        "holds in every group of weights" if total["pattern"] != "mixed" else "each tensor's own holds in every group"
-    )
+    return "holds in every group of weights"
 
 
 def _perplexity_figure(evaluations: Sequence[Mapping[str, Any]], change: Mapping[str, Any] | None) -> Markup:

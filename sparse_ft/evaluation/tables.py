@@ -73,7 +73,7 @@ def _comparison_cells(row: Row, timed: bool) -> list[Markup]:
     cells = [
         tag("th", row["label"], scope="row", class_="text"),
         number_cell(row["sparsity"], formats.percent(row["sparsity"]), "bad" if row["kind"] == "broken" else None),
-        number_cell(ppl, "–" if ppl is None else formats.perplexity(ppl)),
+        number_cell(ppl, formats.perplexity(ppl)),
         number_cell(won_back, "" if won_back is None else formats.percent(won_back, 1)),
         number_cell(revived, "" if revived is None else formats.count(revived), "bad" if revived else None),
     ]

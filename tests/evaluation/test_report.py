@@ -425,7 +425,7 @@ def test_running_mean_stays_within_the_values(values: list[float]) -> None:
         (formats.perplexity(42.068), "42.07"),
         (formats.perplexity(1604.4), "1,604"),
         (formats.perplexity(math.inf), "inf"),
-        (formats.perplexity(None), "None"),
+        (formats.perplexity(None), "–"),
         (formats.change(42.0, 46.2), "+10.0%"),
         (formats.change(42.0, 21.0), "−50.0%"),
         (formats.change(42.0, 420.0), "×10.0"),
