@@ -60,9 +60,6 @@ class _Dropped:
     dtype: torch.dtype
     device: torch.device
 
-    def as_nan(self) -> Tensor:
-        return torch.full((), torch.nan, dtype=self.dtype, device=self.device).expand(self.shape)
-
 
 class _StandIn(nn.Module):
     """Takes a block's place in the model. Attributes the model reads of the block are still the block's."""
@@ -112,6 +109,7 @@ class BlockReplay:
         self._taken: list[set[int]] = [set() for _ in batches]  # batch -> id of recorded tensors a block took in
         self._number = 0
         self._copies: dict[int, Tensor] = {}  # this forward's copy of each recorded tensor, by its id
+        self._nans: dict[_Dropped, Tensor] = {}  # this forward's tensors of NaN
         self._calls: dict[int, int] = {}
         self._dictionaries: dict[str, dict[Any, Any]] = {}  # what the running block was given, before it ran
         accepted = inspect.signature(model.forward).parameters
@@ -192,7 +190,6 @@ class BlockReplay:
     @torch.no_grad()
     def _forward(self, number: int) -> None:
         self._number = number
-        self._copies = {}
         self._calls = {}
         batch = {
             key: value.to(self._device) if isinstance(value, Tensor) else value
@@ -201,7 +198,7 @@ class BlockReplay:
         try:
             self._model(**batch, **self._options)
         finally:
-            self._copies = {}
+            self._copies, self._nans = {}, {}
 
     def _answer(self, index: int, kwargs: dict[str, Any]) -> Any:
         """What a block that is not running does: it repeats its recorded call, or ends this forward."""
@@ -218,7 +215,9 @@ class BlockReplay:
     def _copy(self, tensor: Tensor | _Dropped) -> Tensor:
         """A block or the model may write into what it is given, so recorded tensors are given as copies."""
         if isinstance(tensor, _Dropped):
-            return tensor.as_nan()
+            if tensor not in self._nans:
+                self._nans[tensor] = torch.full(tensor.shape, torch.nan, dtype=tensor.dtype, device=tensor.device)
+            return self._nans[tensor]
         if id(tensor) not in self._copies:
             self._copies[id(tensor)] = tensor.clone()
         return self._copies[id(tensor)]
@@ -230,7 +229,10 @@ class BlockReplay:
             name: {key: value for key, value in kwargs[name].items() if before.get(key) is not value}
             for name, before in self._dictionaries.items()
         }
-        calls.append(_Call(output, {name: written for name, written in notes.items() if written}))
+        # The model may go on to write into what it was given back, so what is kept are copies.
+        copies: dict[int, Tensor] = {}
+        kept = _map_tensors(output, lambda tensor: copies.setdefault(id(tensor), tensor.clone()))
+        calls.append(_Call(kept, {name: written for name, written in notes.items() if written}))
 
     def _on_entry(self, index: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """See which recorded tensors the running block takes in, and drop those that no block takes any more."""
