@@ -142,6 +142,11 @@ class MaskLoraConfig(LoraConfig):
             )
         self.masks, self.masks_digest, self.weights_digest = masks, masks_digest, weights_digest
 
+    def to_dict(self) -> dict[str, Any]:
+        """What adapter_config.json holds; sets in order, so that equal configs give equal files."""
+        fields: dict[str, Any] = super().to_dict()
+        return {name: sorted(value) if isinstance(value, set) else value for name, value in fields.items()}
+
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write adapter_config.json and, before it, the masks.
 
@@ -178,7 +183,7 @@ class MaskLoraConfig(LoraConfig):
         try:
             file = hf_hub_download(pretrained_model_name_or_path, MASKS_FILE, subfolder=subfolder, **download)
         except OSError as error:
-            raise _no_masks(f"{pretrained_model_name_or_path}/{subfolder or ''}") from error
+            raise _no_masks(str(folder)) from error
         config.masks = MaskSet.load(file)
         return config
 

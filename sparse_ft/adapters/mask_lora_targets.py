@@ -106,7 +106,7 @@ class _Parts:
             )
         if layer is not None and not isinstance(layer, (MaskLoraLinear, MaskLoraExperts)):
             raise ValueError(
-                f"'{owner}' has an adapter of type {type(layer).__name__}; merge or delete that one first."
+                f"'{owner}' has an adapter of another method ({type(layer).__name__}); merge or delete that one first."
             )
         if layer is not None and layer.merged:
             raise ValueError(f"Adapter {layer.merged_adapters} is merged into '{owner}'; unmerge it before adding one.")
