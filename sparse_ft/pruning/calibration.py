@@ -60,12 +60,13 @@ def prepare_calibration(model: nn.Module, calibration: Iterable[Any] | None, met
     batches: list[Batch] = []
     rows: dict[Any, list[Batch]] = defaultdict(list)
     for given in calibration:
-        batch = _with_decoder_inputs(model, _as_batch(given))
+        batch = _as_batch(given)
         _check_ids(model, batch)
         if not _has_rows(batch):
-            batches.append(_unsplit(batch))
+            batches.append(_with_decoder_inputs(model, _unsplit(batch)))
             continue
         for row in _rows(batch):
+            row = _with_decoder_inputs(model, row)
             rows[_signature(row)].append(row)
     for signature in sorted(rows, key=repr):
         batches.extend(_join(rows[signature]))
@@ -92,23 +93,17 @@ def _as_batch(given: Any) -> Batch:
 
 
 def _with_decoder_inputs(model: Any, batch: Batch) -> Batch:
-    labels = batch.pop("labels", None)
-    config = getattr(model, "config", None)
-    if not getattr(config, "is_encoder_decoder", False):
+    labels = batch.get("labels")
+    batch = {key: value for key, value in batch.items() if key != "labels"}
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return batch
     if "decoder_input_ids" in batch or "decoder_inputs_embeds" in batch:
         return batch
-    if labels is None and "input_ids" in batch:
-        labels = batch["input_ids"]
-        if "attention_mask" in batch:
-            labels = labels.masked_fill(batch["attention_mask"] == 0, _IGNORED_LABEL)
+    if labels is None or labels.ndim != 2 or labels.numel() == 0:
+        labels = batch.get("input_ids")
     if labels is None or not hasattr(model, "prepare_decoder_input_ids_from_labels"):
         raise ValueError(f"{type(model).__name__} has a decoder; give decoder_input_ids in each calibration batch.")
-    real = labels != _IGNORED_LABEL
-    batch["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=labels)
-    if not bool(real.all()):
-        batch["decoder_attention_mask"] = real.long()
-    return batch
+    return batch | {"decoder_input_ids": model.prepare_decoder_input_ids_from_labels(labels=labels)}
 
 
 def _check_ids(model: Any, batch: Batch) -> None:
@@ -161,7 +156,10 @@ def _rows(batch: Batch) -> list[Batch]:
             if isinstance(mask, Tensor) and mask.ndim == 2 and not bool(mask.all()):
                 real = mask[0].bool()
                 row.update({k: row[k][:, real] for k in keys if k in row and row[k].shape[1:2] == mask.shape[1:2]})
-        if all(v.numel() for v in row.values() if isinstance(v, Tensor)):
+        labels = row.get("labels")
+        if isinstance(labels, Tensor) and labels.ndim == 2:
+            row["labels"] = labels[:, labels[0] != _IGNORED_LABEL]
+        if all(v.numel() for k, v in row.items() if isinstance(v, Tensor) and k != "labels"):
             rows.append(row)
     return rows
 
