@@ -54,7 +54,7 @@ Result = dict[str, Any]
 
 
 def cell(value: Any) -> str:
-    """One value as table text: four significant digits, yes/no, a dash for nothing."""
+    """One value as table text: about four significant digits, yes/no, a dash for nothing."""
     if value is None:
         return "–"
     if isinstance(value, bool):
@@ -62,7 +62,8 @@ def cell(value: Any) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+        digits = 0 if abs(value) >= 1000 else 1 if abs(value) >= 100 else 2
+        return f"{value:,.{digits}f}" if abs(value) >= 1 else f"{value:.4g}"
     if isinstance(value, (list, tuple)):
         return ", ".join(cell(item) for item in value)
     if isinstance(value, dict):
@@ -129,16 +130,19 @@ def section(key: str, result: Result, rows: Sequence[Row] | None = None) -> str:
 
 def pattern_label(row: Row) -> str:
     """`80%` or `2:4`."""
-    return f"{row['sparsity']:.0%}" if row["pattern"] in ("unstructured", "dense") else row["pattern"]
+    return f"{row['sparsity']:.0%}" if row["pattern"] == "unstructured" else str(row["pattern"])
 
 
 def perplexity_by_pattern(rows: Sequence[Row]) -> list[Row]:
-    """One line per method, one column per pattern."""
-    patterns = sorted({pattern_label(row) for row in rows}, key=lambda label: (":" in label, label))
+    """One line per method, one column per pattern; the dense model has one perplexity for all of them."""
+    joined = over_seeds(rows)
+    labels = {pattern_label(row) for row in joined} - {"dense"}
+    patterns = sorted(labels, key=lambda label: (":" in label, label))
     lines: dict[str, Row] = {}
-    for row in over_seeds(rows):
-        line = lines.setdefault(row["method"], {"method": row["method"], **dict.fromkeys(patterns)})
-        line[pattern_label(row)] = row["perplexity"]
+    for row in joined:
+        line = lines.setdefault(row["method"], {"perplexity": row["method"], **dict.fromkeys(patterns)})
+        here = patterns if row["pattern"] == "dense" else [pattern_label(row)]
+        line.update(dict.fromkeys(here, row["perplexity"]))
     return list(lines.values())
 
 
@@ -204,11 +208,11 @@ def title(key: str) -> str:
 
 def readme_fragment(results: dict[str, Result]) -> str:
     """The one result of the README: perplexity and zeros after pruning, ordinary LoRA, MaskLoRA, full fine-tuning."""
-    if RETRAINING not in results:
+    result = results.get(RETRAINING, {"rows": []})
+    dense = next((row for row in result["rows"] if row["method"] == "dense"), None)
+    first = next((row for row in result["rows"] if row["method"] == "mask_lora"), None)
+    if dense is None or first is None:
         return ""
-    result = results[RETRAINING]
-    dense = next(row for row in result["rows"] if row["method"] == "dense")
-    first = next(row for row in result["rows"] if row["method"] == "mask_lora")
     same = ("pattern", "sparsity", "steps", "seed")
     by_method = {row["method"]: row for row in result["rows"] if all(row[key] == first[key] for key in same)}
     pruned = f"pruned to {first['sparsity']:.0%} by magnitude"
@@ -255,12 +259,12 @@ def commands_fragment() -> str:
     for verb, (_, text) in VERBS.items():
         parts.append(f"## {verb}\n\n{text[0].upper()}{text[1:]}.\n")
         for group in verb_groups(verb):
+            summary = str(group.__doc__).strip().splitlines()[0]
             if not group.__module__.startswith("sparse_ft."):
-                parts.append(
-                    f"Every field of `{group.__module__.split('.')[0]}.{group.__name__}`, as it is called there.\n"
-                )
+                name = f"{group.__module__.split('.')[0]}.{group.__name__}"
+                parts.append(f"And every field of `{name}`, as it is called there.\n")
                 continue
-            parts.append(f"{table([option_row(entry) for entry in dataclasses.fields(group)])}\n")
+            parts.append(f"**{summary}**\n\n{table([option_row(entry) for entry in dataclasses.fields(group)])}\n")
     return "\n".join(parts)
 
 

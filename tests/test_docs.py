@@ -92,7 +92,7 @@ def test_seeds_are_joined_and_columns_before_the_seed_are_kept_apart(generator: 
     ]
     joined = generator.over_seeds(rows)
     assert [row["runs"] for row in joined] == [2, 1]
-    assert joined[0]["perplexity"] == "12 (10–14)"
+    assert joined[0]["perplexity"] == "12.00 (10.00–14.00)"
     assert joined[1] == {"method": "a", "sparsity": 0.6, "runs": 1, "perplexity": 20.0}
 
 
@@ -112,6 +112,6 @@ def test_one_shot_rows_become_one_line_per_method(generator: ModuleType) -> None
         {"method": "wanda", "pattern": "2:4", "sparsity": None, "seed": 0, "perplexity": 7.0},
     ]
     assert generator.perplexity_by_pattern(rows) == [
-        {"method": "dense", "0%": 5.0, "50%": None, "2:4": None},
-        {"method": "wanda", "0%": None, "50%": 6.0, "2:4": 7.0},
+        {"perplexity": "dense", "50%": 5.0, "2:4": 5.0},
+        {"perplexity": "wanda", "50%": 6.0, "2:4": 7.0},
     ]
