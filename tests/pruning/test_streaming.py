@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from tiny_models import TINY, tiny_batch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from sparse_ft.checkpoints import CheckpointReader
 from sparse_ft.models import find_targets, load_model
@@ -150,25 +148,26 @@ def deep_llama(layers: int) -> nn.Module:
 def most_weights_in_memory(layers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **arguments: Any) -> int:
     """The largest number of parameters that are not on the meta device, looked at whenever a tensor is read."""
     source = save(deep_llama(layers), tmp_path / f"source{layers}")
-    gc.collect()
-    old_blocks = {id(item) for item in gc.get_objects() if type(item) is LlamaDecoderLayer}
-    found: dict[str, Any] = {"most": 0}
-    read = CheckpointReader.get
+    modules: list[nn.Module] = []
+    most = [0]
+    read, build = CheckpointReader.get, streaming_module.load_skeleton
+
+    def spy_on_skeleton(*arguments: Any) -> Any:
+        model = build(*arguments)
+        modules.extend(model.modules())
+        return model
 
     def spy(self: CheckpointReader, name: str, **options: Any) -> Tensor:
-        if "modules" not in found:
-            objects = [item for item in gc.get_objects() if issubclass(type(item), nn.Module)]
-            blocks = [b for b in objects if isinstance(b, LlamaDecoderLayer) and id(b) not in old_blocks]
-            roots = [m for m in objects if isinstance(m, LlamaForCausalLM)]
-            found["modules"] = [*roots, *blocks]
-        parameters = {id(p): p for m in found["modules"] for p in m.parameters()}.values()
-        found["most"] = max(found["most"], sum(p.numel() for p in parameters if not p.is_meta))
+        # module by module: blocks that are not running hang outside the model
+        parameters = {id(p): p for m in modules for p in m.parameters(recurse=False)}.values()
+        most[0] = max(most[0], sum(p.numel() for p in parameters if not p.is_meta))
         return read(self, name, **options)
 
+    monkeypatch.setattr(streaming_module, "load_skeleton", spy_on_skeleton)
     monkeypatch.setattr(CheckpointReader, "get", spy)
     prune_checkpoint(source, tmp_path / f"out{layers}", progress=False, **arguments)
     monkeypatch.undo()
-    return int(found["most"])
+    return most[0]
 
 
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
