@@ -57,6 +57,7 @@ ELEMENTWISE_OPTIMIZERS: set[type[torch.optim.Optimizer]] = {
 }
 # PEFT types whose update of a weight is dense: it is no longer sparse once they are merged.
 _DENSE_ADAPTERS = {"LORA", "ADALORA"}
+_FIX = "find what writes weights outside the optimizer's step (a callback, an optimizer that updates inside backward)"
 _INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -217,13 +218,7 @@ class MaskCallback(TrainerCallback):
             raise RuntimeError("MaskCallback has no masks yet: they are taken when training begins.")
         return self.masks
 
-    def _check(
-        self,
-        model: nn.Module,
-        when: str,
-        fix: str = "find what writes weights outside the optimizer's step (another callback, an optimizer that updates "
-        "inside backward)",
-    ) -> _Sparsity:
+    def _check(self, model: nn.Module, when: str, fix: str = _FIX) -> _Sparsity:
         """Measure the sparsity; RuntimeError if a pruned weight is not zero, ValueError if a tensor does not fit."""
         masks = self._known_masks()
         surprises = masks.surprises(model)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -547,3 +550,33 @@ def test_sparsity_is_logged(sparse_model: SparseModel, make_trainer: MakeTrainer
         assert all(entry["sparsity/kept_zero"] == 0 for entry in entries)
     trainer.evaluate()
     assert "sparsity/total" not in trainer.state.log_history[-1], "nothing is measured outside training"
+
+
+# -- more than one process ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_two_processes_are_refused(tmp_path: Path) -> None:
+    script = Path(__file__).with_name("killed_run.py")
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node=2",
+            script,
+            tmp_path,
+            "never",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "PYTHONPATH": str(script.parent.parent.parent), "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode != 0
+    assert (
+        "ValueError: MaskCallback works in one process without sharding, got 2 processes and MULTI_CPU" in done.stderr
+    )
+    assert not list(tmp_path.glob("checkpoint-*"))
