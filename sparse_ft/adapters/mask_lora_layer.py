@@ -112,6 +112,7 @@ class _MaskedLayer(lora.LoraLayer):
         """c (B A) ∘ m in the layout of the weight, in fp32 (fp64 for fp64 factors)."""
         raise NotImplementedError
 
+    @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the deltas of adapters to the weight: summed in fp32, rounded once, pruned weights exactly zero.
 
@@ -138,6 +139,7 @@ class _MaskedLayer(lora.LoraLayer):
         self._set_aside = (kept, values)
         self.merged_adapters.extend(names)
 
+    @torch.no_grad()
     def unmerge(self) -> None:
         """Restore the weight as it was before the first merge, bit for bit."""
         if self._set_aside is None:
@@ -243,6 +245,11 @@ class ParamWrapper(_MaskedLayer, lora.ParamWrapper):
         A, B = self._wide(adapter)
         return masked(self._product(A, B, adapter), self._bits(adapter))
 
+    def _delta_in(self, dtype: torch.dtype, adapter: str) -> Tensor:
+        """The delta for the forward pass: computed in the dtype of the weight, or in autocast's, like any product."""
+        A, B = (factor[adapter].weight.to(dtype) for factor in (self.lora_A, self.lora_B))
+        return masked(self._product(A, B, adapter), self._bits(adapter)).to(dtype)
+
     def _product(self, A: Tensor, B: Tensor, adapter: str) -> Tensor:
         """c B A per expert; PEFT stores A as (E·r, in), expert major, and B as (out, r·E), expert minor."""
         A = A.view(self.num_experts, -1, A.shape[-1])
@@ -257,7 +264,7 @@ class ParamWrapper(_MaskedLayer, lora.ParamWrapper):
             yield
             return
         experts, weight = self.get_base_layer(), self._parameter()
-        deltas = [self.get_delta_weight(name).to(weight.dtype) for name in names]
+        deltas = [self._delta_in(weight.dtype, name) for name in names]
         parametrize.register_parametrization(experts, self.parameter_name, _Added(sum(deltas[1:], deltas[0])))
         original = experts.parametrizations[self.parameter_name].original
         original.requires_grad_(weight.requires_grad)

@@ -264,7 +264,7 @@ def test_safe_merge_refuses_a_broken_adapter_and_leaves_the_weight() -> None:
 # -- expressiveness --------------------------------------------------------------------------------------------------
 
 
-def fit(rank: int, steps: int = 1500) -> float:
+def fit(rank: int, steps: int = 800) -> float:
     """Least squares of W + MaskLoRA to a random target on the mask; the mean squared error reached."""
     torch.manual_seed(0)
     from sparse_ft.adapters import mask_lora_linear
