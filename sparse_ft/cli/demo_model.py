@@ -70,8 +70,9 @@ def _digest(corpus: Path, plan: dict[str, Any]) -> str:
 def _train(corpus: Path, directory: Path, plan: dict[str, Any]) -> None:
     """Train tokenizer and model and save both into `directory`."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
+    from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
+    from sparse_ft.cli.demo_training import train
     from sparse_ft.data import training_dataset
     from sparse_ft.models import load_tokenizer
 
@@ -89,23 +90,21 @@ def _train(corpus: Path, directory: Path, plan: dict[str, Any]) -> None:
             **SIZES,
         )
     )
-    arguments = TrainingArguments(
-        output_dir=str(directory / "run"),
-        max_steps=plan["steps"],
+    train(
+        model,
+        dataset,
+        "training the demo's model",
+        steps=plan["steps"],
+        bf16=bf16_is_faster(),
+        device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
         per_device_train_batch_size=plan["batch_size"],
         learning_rate=plan["learning_rate"],
         weight_decay=plan["weight_decay"],
         adam_beta2=0.95,
         lr_scheduler_type="cosine",
         warmup_steps=0.05,
-        bf16=bf16_is_faster(),
-        use_cpu=not torch.cuda.is_available(),
-        save_strategy="no",
-        logging_strategy="no",
-        report_to="none",
         seed=plan["seed"],
     )
-    Trainer(model=model, args=arguments, train_dataset=dataset).train()
     model.to(torch.bfloat16).save_pretrained(directory)
 
 

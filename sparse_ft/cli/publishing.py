@@ -18,10 +18,12 @@ from sparse_ft.checkpoints import CheckpointReader, Record, make_record, version
 from sparse_ft.cli.main import VerificationError
 from sparse_ft.evaluation import (
     REPORT_HTML,
+    ComparisonRow,
     EvaluationProtocol,
     ReportData,
     SparsityRow,
     mask_sample,
+    recovered_share,
     sparsity_table,
     sparsity_totals,
     write_report,
@@ -35,6 +37,7 @@ __all__ = [
     "command_line",
     "notes_for",
     "plain_arguments",
+    "print_comparison",
     "print_evaluations",
     "print_outcome",
     "print_sparsity",
@@ -42,7 +45,7 @@ __all__ = [
     "written_weights",
 ]
 
-TITLES = {"prune": "Pruned", "retrain": "Retrained"}
+TITLES = {"prune": "Pruned", "retrain": "Retrained", "demo": "Retrained"}
 
 
 @dataclass
@@ -50,7 +53,7 @@ class Outcome:
     """What a verb did, for the record, the report and the terminal.
 
     Attributes:
-        verb: `"prune"` or `"retrain"`.
+        verb: `"prune"`, `"retrain"` or `"demo"`.
         argv: words after the verb, as typed.
         model: name or path the verb started from.
         method: `--method`.
@@ -184,3 +187,22 @@ def print_evaluations(evaluations: Sequence[Mapping[str, Any]]) -> None:
             print(f"\nperplexity on {EvaluationProtocol(entry['protocol'])}")
         previous = entry["protocol"]
         print(f"  {entry['label']:<10} {float(entry['perplexity']):.4f}")
+
+
+def print_comparison(rows: Sequence[ComparisonRow]) -> None:
+    """Models side by side, group by group; the gap won back is that of the log-perplexity to the dense model."""
+    dense = next((row.perplexity for row in rows if row.kind == "dense"), None)
+    by_name = {(row.group, row.label): row for row in rows}
+    width = max(len(row.label) for row in rows) + 2
+    print(f"\n{'model':<{width}}{'zeros':>9}{'perplexity':>12}{'won back':>10}{'revived':>12}{'seconds':>9}")
+    group = ""
+    for row in rows:
+        if row.group != group:
+            print(row.group)
+            group = row.group
+        start = by_name.get((row.group, row.start))
+        share = recovered_share(dense or 0.0, start.perplexity or 0.0, row.perplexity or 0.0) if start else None
+        won, revived = "" if share is None else f"{share:.1%}", "" if row.revived is None else f"{row.revived:,}"
+        label = f"  {row.label}" if row.group else row.label
+        cells = f"{row.sparsity:>9.2%}{row.perplexity or float('nan'):>12.2f}{won:>10}{revived:>12}"
+        print(f"{label:<{width}}{cells}{row.seconds or 0.0:>9.1f}")

@@ -46,7 +46,7 @@ from sparse_ft.cli.arguments import (
 )
 from sparse_ft.cli.measuring import EvalText, choose_dtype, choose_eval_text, choose_length, measure
 from sparse_ft.cli.publishing import Outcome, plain_arguments, print_outcome, publish, written_weights
-from sparse_ft.cli.retrain_run import bare_resume_flag, decisive_settings, open_run, run_dir_of
+from sparse_ft.cli.retrain_run import bare_resume_flag, decisive_settings, open_run, run_dir_of, run_identity
 from sparse_ft.cli.retrain_source import SparseModel, load_sparse_model
 from sparse_ft.data import training_dataset, windows
 from sparse_ft.masks import MaskSet
@@ -120,10 +120,10 @@ def run(argv: Sequence[str]) -> int:
     """Retrain one checkpoint; the exit code."""
     job = _read_job(argv)
     masks, settings = job.sparse.masks, {**job.settings, **decisive_settings(job.training)}
-    digests = {"masks_digest": masks.digest(), "weights_digest": masks.weights_digest(job.sparse.model)}
+    wanted = run_identity(job.training, settings, masks, job.sparse.model, job.length)
     run_dir, resume = run_dir_of(job.output_dir), job.training.resume_from_checkpoint
     job.training.output_dir = str(run_dir)
-    with open_run(run_dir, {**digests, **settings}, resume=resume, keep=job.how.keep_run) as checkpoint:
+    with open_run(run_dir, wanted, resume=resume, keep=job.how.keep_run) as checkpoint:
         outcome = Outcome(
             verb="retrain",
             argv=argv,

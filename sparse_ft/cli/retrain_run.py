@@ -13,28 +13,31 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import TrainingArguments
 
 from sparse_ft.checkpoints import atomic_write
+from sparse_ft.masks import MaskSet
 from sparse_ft.training import is_complete_checkpoint, latest_complete_checkpoint
 
-__all__ = ["bare_resume_flag", "checkpoint_to_resume", "decisive_settings", "open_run", "run_dir_of"]
+__all__ = ["bare_resume_flag", "checkpoint_to_resume", "decisive_settings", "open_run", "run_dir_of", "run_identity"]
 
 RUN_FILE = "run.json"
 _FLAG = "--resume_from_checkpoint"
 _YES, _NO = ("true", "yes", "1"), ("false", "no", "0", "none")
-# Whatever of TrainingArguments changes the weights a run ends with.
+# Whatever changes the weights a run ends with: of TrainingArguments, and of our own options.
 _DECISIVE = (
     "seed", "data_seed", "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps",
     "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
     "max_grad_norm", "optim", "bf16", "fp16", "label_smoothing_factor",
 )  # fmt: skip
+_OURS = ("method", "r", "lora_alpha", "dtype", "dataset", "dataset_config", "text_field", "train_split")
 
 
 def bare_resume_flag(argv: Sequence[str]) -> list[str]:
     """`--resume_from_checkpoint` without a value means true."""
     words: list[str] = []
-    for word, following in zip(argv, [*argv[1:], "--"], strict=True):
+    for word, following in zip(argv, [*argv[1:], "--"], strict=False):
         words.append(word)
         if word.replace("-", "_") == _FLAG.replace("-", "_") and following.startswith("--"):
             words.append("true")
@@ -49,7 +52,29 @@ def run_dir_of(output_dir: str | Path) -> Path:
 
 def decisive_settings(training: TrainingArguments) -> dict[str, Any]:
     """The training arguments that change the weights a run ends with, as plain values."""
-    return json.loads(json.dumps({name: getattr(training, name, None) for name in _DECISIVE}, default=str))
+    return _plain({name: getattr(training, name, None) for name in _DECISIVE})
+
+
+def run_identity(
+    training: TrainingArguments, settings: Mapping[str, Any], masks: MaskSet, model: nn.Module, length: int
+) -> dict[str, Any]:
+    """What makes a run the run it is: masks, weights, and every setting that changes the weights it ends with.
+
+    Args:
+        training: the Trainer's settings.
+        settings: our own options by name.
+        masks: of the sparse model.
+        model: the sparse model, before training.
+        length: tokens per sequence.
+    """
+    digests = {"masks_digest": masks.digest(), "weights_digest": masks.weights_digest(model)}
+    ours = {name: settings.get(name) for name in _OURS}
+    return {**digests, **_plain({**ours, "sequence_length": length}), **decisive_settings(training)}
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """As they come back from JSON."""
+    return dict(json.loads(json.dumps(values, default=str)))
 
 
 @contextlib.contextmanager
@@ -60,7 +85,7 @@ def open_run(directory: Path, wanted: Mapping[str, Any], *, resume: str | None, 
 
     Args:
         directory: `run_dir_of(output_dir)`.
-        wanted: plain values that say which run is asked for.
+        wanted: `run_identity` of the run that is asked for.
         resume: `--resume_from_checkpoint`: a flag, or the path of one checkpoint.
         keep: leave it when the block succeeds.
 
@@ -71,7 +96,7 @@ def open_run(directory: Path, wanted: Mapping[str, Any], *, resume: str | None, 
     checkpoint = checkpoint_to_resume(directory, wanted, resume)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        atomic_write(directory / RUN_FILE, json.dumps(wanted, indent=2, default=str) + "\n")
+        atomic_write(directory / RUN_FILE, json.dumps(wanted, indent=2) + "\n")
         yield checkpoint
     except BaseException:
         if latest_complete_checkpoint(directory) is None:
