@@ -40,7 +40,7 @@ def steps_table(steps: Sequence[Mapping[str, Any]]) -> Markup:
         share, ppl = step.get("sparsity"), measured[-1] if measured else None
         cells = [
             tag("th", f"{number}. {step.get('command', '')}", scope="row", class_="text"),
-            tag("td", str((step.get("arguments") or {}).get("method", "")), class_="text"),
+            tag("td", str((step.get("arguments") or {}).get("method", ""))),
             tag("td", str(step.get("pattern", ""))),
             number_cell(share, formats.percent(share) if formats.finite(share) else ""),
             number_cell(ppl, "" if ppl is None else formats.perplexity(ppl)),
