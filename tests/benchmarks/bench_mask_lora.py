@@ -17,6 +17,7 @@ import resource
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -147,8 +148,15 @@ def peak_memory(name: str, args: argparse.Namespace, queue: Any) -> None:
     run = Run(name, args)
     run.step()
     run.step()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    queue.put(torch.cuda.max_memory_allocated() / 2**20 if args.device == "cuda" else peak)
+    queue.put(torch.cuda.max_memory_allocated() / 2**20 if args.device == "cuda" else peak_resident())
+
+
+def peak_resident() -> float:
+    """Peak resident memory in MB since this program started; getrusage would count the parent's before exec."""
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return float(status.read_text().split("VmHWM:")[1].split()[0]) / 1024
 
 
 def measure_memory(args: argparse.Namespace) -> dict[str, float]:
