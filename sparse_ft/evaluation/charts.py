@@ -171,10 +171,11 @@ def needs_log(values: Sequence[float]) -> bool:
 
 def linear_ticks(low: float, high: float, wanted: int = 5) -> list[float]:
     """Round values from at or below `low` to at or above `high`."""
-    span = (high - low) or abs(high) or 1.0
+    size = max(abs(low), abs(high)) or 1.0
+    span = high - low if high - low > 1e-6 * size else size  # values that are equal to the eye need no fine scale
     raw = span / wanted
-    size = 10.0 ** math.floor(math.log10(raw))
-    step = next(size * m for m in (1, 2, 2.5, 5, 10) if size * m >= raw * 0.999)
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(power * m for m in (1, 2, 2.5, 5, 10) if power * m >= raw * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [round(i * step, 12) for i in range(first, max(last, first + 1) + 1)]
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tiny_models import TINY
 
@@ -395,6 +395,8 @@ def test_bars_and_curves_stay_inside_the_picture() -> None:
     assert all(math.isfinite(float(number)) for number in re.findall(r"[-\d.]+", path))
 
 
+@example(0.001, 0.0010000000000000002)
+@example(7.0, 7.0)
 @given(st.floats(1e-3, 1e6), st.floats(1e-3, 1e6))
 def test_ticks_cover_the_range(a: float, b: float) -> None:
     low, high = sorted((a, b))
