@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import os
 import subprocess
 import sys
 import zipfile
@@ -227,3 +228,9 @@ def test_wheel_ships_recipes_launch_files_and_types(tmp_path: Path) -> None:
     assert expected <= names
     strangers = {name for name in names if not name.startswith("sparse_ft")}
     assert not strangers, "the wheel installs things outside sparse_ft"
+    code = "from sparse_ft.cli.parser import find_recipe; print(find_recipe('perp/llama_2of4').resolve())"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "installed")}
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=300
+    )
+    assert found.stdout.strip().startswith(str((tmp_path / "installed").resolve())), found.stdout + found.stderr
