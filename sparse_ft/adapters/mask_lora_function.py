@@ -5,9 +5,8 @@ weight: the backward pass builds that again in one temporary, uses it for dX, an
 gradient G = dYᵀ X, which is formed once, masked in place, and multiplied into dB = c G Aᵀ and dA = c Bᵀ G. Above plain
 LoRA that costs the product G and a few passes over one weight.
 
-Masks travel as `keep_bits`: int8, 0 where pruned and -1 (all bits set) where kept, so that masking is a bitwise AND on
-the values' own bits. That is one byte per weight, exact for any value (no 0 · inf), and faster than multiplying by a
-bool or uint8 mask.
+Masks travel as `masks.keep_bits`, one byte per weight: masking is then a bitwise AND, which is exact for any value and
+faster than multiplying by a bool or uint8 mask.
 
 Source: Zimmer et al., PERP, arXiv 2312.15230, section 3 (MaskLoRA).
 """
@@ -21,33 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def keep_bits(mask: Tensor) -> Tensor:
-    """Turn a bool mask (True = keep) into int8 of the same shape: -1 where kept, 0 where pruned.
-
-    An int8 mask is returned as it is.
-
-    Raises:
-        ValueError: if the mask is neither bool nor int8.
-    """
-    if mask.dtype == torch.int8:
-        return mask
-    if mask.dtype != torch.bool:
-        raise ValueError(f"A mask must be torch.bool, got {mask.dtype}; convert it with `mask != 0`.")
-    return mask.to(torch.int8).neg_()
-
-
-def mask_(values: Tensor, keep: Tensor) -> Tensor:
-    """Set pruned values to +0 in place and return them; kept values do not change in a single bit.
-
-    Args:
-        values: floating point, any shape.
-        keep: `keep_bits` of the same shape.
-    """
-    values.view(_INTEGER_OF_SIZE[values.element_size()]).bitwise_and_(keep)
-    return values
+from sparse_ft.masks import keep_bits, mask_
 
 
 def mask_lora_delta(

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
-from sparse_ft.adapters.mask_lora_function import keep_bits, mask_lora_delta, mask_lora_linear, masked
-from sparse_ft.masks import pack_bits
+from sparse_ft.adapters.mask_lora_function import mask_lora_delta, mask_lora_linear, masked
+from sparse_ft.masks import keep_bits, pack_bits
 
 
 class AdapterMask(nn.Module):

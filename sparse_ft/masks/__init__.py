@@ -1,5 +1,6 @@
 """Masks: patterns, exact selection, and `MaskSet`, the stored truth about which weights are pruned."""
 
+from sparse_ft.masks.bits import keep_bits, mask_
 from sparse_ft.masks.mask_file import MASKS_FILE
 from sparse_ft.masks.mask_set import MaskSet, Surprise, check_sparsity
 from sparse_ft.masks.packing import pack_bits, unpack_bits
@@ -12,9 +13,11 @@ __all__ = [
     "Pattern",
     "Surprise",
     "check_sparsity",
+    "keep_bits",
     "keep_largest",
     "keep_largest_per_row",
     "keep_n_of_m",
+    "mask_",
     "pack_bits",
     "unpack_bits",
 ]

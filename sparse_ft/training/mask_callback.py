@@ -9,8 +9,9 @@ An optimizer that treats each weight by itself (`ELEMENTWISE_OPTIMIZERS`) then l
 and zero state at zero, weight decay included, and nothing more is paid for. After any other optimizer (Adafactor, Muon,
 8-bit states, your own) the weight is masked too, by a hook that fires when its `step` returns.
 
-A mask costs one byte per weight on the weight's device while training: 0 or -1 as int8. AND with the bits of a float
-keeps or clears it, whatever its width, since -1 is extended to all ones; unlike a product it clears Inf and NaN too.
+Memory while training: on an accelerator a mask is int8, one byte per weight (`masks.keep_bits`). On the CPU it has the
+weight's own width, 4 bytes beside the 16 of an fp32 weight with gradient and moments, because there torch would widen
+int8 into a temporary first, which takes half as long again.
 
 Example:
     >>> masks = sparse_ft.prune(model, pattern="2:4", method="wanda", calibration=batches)
@@ -37,7 +38,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from sparse_ft.checkpoints import make_record, write_sidecars
-from sparse_ft.masks import MASKS_FILE, MaskSet
+from sparse_ft.masks import MASKS_FILE, MaskSet, keep_bits, mask_
 from sparse_ft.models.names import canonical_name, named_weights
 
 # Their update of a weight reads nothing but this weight, its gradient and its state, and is 0 where all three are 0.
@@ -58,23 +59,6 @@ ELEMENTWISE_OPTIMIZERS: set[type[torch.optim.Optimizer]] = {
 # PEFT types whose update of a weight is dense: it is no longer sparse once they are merged.
 _DENSE_ADAPTERS = {"LORA", "ADALORA"}
 _FIX = "find what writes weights outside the optimizer's step (a callback, an optimizer that updates inside backward)"
-_INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def keep_bits(mask: Tensor) -> Tensor:
-    """The mask as `mask_` wants it: int8 of the same shape, -1 where kept and 0 where pruned."""
-    return mask.to(torch.int8).neg_()
-
-
-@torch.no_grad()
-def mask_(tensor: Tensor, bits: Tensor) -> None:
-    """Set the pruned entries of a real tensor to +0 in place, also Inf and NaN; the others keep every bit.
-
-    Args:
-        tensor: floating point of any width, any shape.
-        bits: `keep_bits(mask)` of the same shape.
-    """
-    tensor.detach().view(_INTEGER_OF_SIZE[tensor.element_size()]).bitwise_and_(bits)
 
 
 def base_optimizer(optimizer: Any) -> torch.optim.Optimizer:
@@ -264,8 +248,14 @@ def _bits_of_trainable(masks: MaskSet, model: nn.Module) -> list[tuple[nn.Parame
     for name, (kept, total) in masks.counts().items():
         parameter = cast(nn.Parameter, weights[name])
         if parameter.requires_grad and kept < total:
-            pairs.append((parameter, keep_bits(masks[name].to(parameter.device))))
+            pairs.append((parameter, _widened(keep_bits(masks[name].to(parameter.device)), parameter)))
     return pairs
+
+
+def _widened(bits: Tensor, weight: Tensor) -> Tensor:
+    """Bits of the weight's width on the CPU, as they are elsewhere."""
+    by_size = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return bits.to(by_size[weight.element_size()]) if bits.device.type == "cpu" else bits
 
 
 def _refuse_several_processes(args: TrainingArguments) -> None:

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
-from sparse_ft.adapters import keep_bits, mask_lora_delta, mask_lora_linear
-from sparse_ft.adapters.mask_lora_function import mask_
+from sparse_ft.adapters import mask_lora_delta, mask_lora_linear
+from sparse_ft.masks import keep_bits, mask_
 
 LAYOUTS = pytest.mark.parametrize("fan_in_fan_out", [False, True], ids=["linear", "conv1d"])
 OUT, IN, RANK, SCALING = 6, 10, 3, 0.75

@@ -15,10 +15,10 @@ import torch
 from tiny_models import TINY
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
-from sparse_ft.masks import MaskSet
+from sparse_ft.masks import MaskSet, keep_bits, mask_
 from sparse_ft.models import named_weights
 from sparse_ft.training import MaskCallback
-from sparse_ft.training.mask_callback import ELEMENTWISE_OPTIMIZERS, base_optimizer, keep_bits, keeps_zeros, mask_
+from sparse_ft.training.mask_callback import ELEMENTWISE_OPTIMIZERS, _bits_of_trainable, base_optimizer, keeps_zeros
 
 SparseModel = Callable[..., tuple[PreTrainedModel, MaskSet]]
 MakeTrainer = Callable[..., Trainer]
@@ -425,6 +425,21 @@ def test_hooks_after_an_exception(sparse_model: SparseModel, make_trainer: MakeT
     trainer.remove_callback(callback)
     del callback
     assert count_hooks(model) == 0, "hooks must not outlive their callback"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_masks_held_while_training_have_the_weights_width_on_the_cpu(dtype: torch.dtype) -> None:
+    weight = torch.nn.Linear(32, 8, bias=False, dtype=dtype)
+    model = torch.nn.Sequential(weight)
+    mask = torch.rand(8, 32, generator=torch.Generator().manual_seed(0)) < 0.5
+    ((parameter, bits),) = _bits_of_trainable(MaskSet({"0.weight": mask}), model)
+    assert parameter is weight.weight
+    assert bits.element_size() == dtype.itemsize
+    assert torch.equal(bits != 0, mask)
+    for narrow in (torch.float32, torch.bfloat16):  # a gradient or moment of another width than the weight
+        values = torch.full((8, 32), math.nan, dtype=narrow)
+        mask_(values, bits)
+        assert torch.equal(values.isnan(), mask) and bool((values[~mask] == 0).all())
 
 
 def test_shared_weights_are_masked_once(make_trainer: MakeTrainer) -> None:
