@@ -115,8 +115,8 @@ def after_step(store: torch.dtype, apply: Callable[[Tensor, Tensor], Any]) -> Ca
 # name -> (bytes per weight, callbacks of a visit)
 VARIANTS: dict[str, tuple[float, Callable[[Any], list[TrainerCallback]]]] = {
     "dense": (0, lambda bench: []),
-    "MaskCallback": (1, lambda bench: [MaskCallback(bench.masks)]),
-    "MaskCallback, unknown optimizer": (1, lambda bench: [MaskCallback(bench.masks)]),
+    "MaskCallback": (4, lambda bench: [MaskCallback(bench.masks)]),
+    "MaskCallback, unknown optimizer": (4, lambda bench: [MaskCallback(bench.masks)]),
     "gradient hook, weight's dtype": (4, lambda bench: [GradientHook(bench.pairs(), torch.float32)]),
     "gradient hook, bool": (1, lambda bench: [GradientHook(bench.pairs(), torch.bool)]),
     "after the step, weight's dtype": (4, after_step(torch.float32, torch.Tensor.mul_)),
