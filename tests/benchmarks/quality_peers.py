@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from sparse_ft.models import load_model
 
-PATTERNS = (("unstructured", 0.5), ("unstructured", 0.7), ("2:4", None))
+PATTERNS = (("unstructured", 0.5), ("unstructured", 0.7), ("2:4", None), ("1:4", None))
 
 
 def measure(

@@ -22,16 +22,20 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments, default_da
 from sparse_ft import MaskCallback, MaskLoraConfig, MaskSet, prune
 from sparse_ft.data import windows
 
-# method, pattern, sparsity, steps, seeds
-CELLS: list[tuple[str, str, float | None, int, tuple[int, ...]]] = [
-    ("full", "unstructured", 0.8, 150, (0, 1, 2)),
-    ("mask_lora", "unstructured", 0.8, 150, (0, 1, 2)),
-    ("lora", "unstructured", 0.8, 150, (0,)),
-    ("full", "1:4", None, 150, (0,)),
-    ("mask_lora", "1:4", None, 150, (0,)),
-    ("lora", "1:4", None, 150, (0,)),
-    ("full", "unstructured", 0.8, 500, (0,)),
-    ("mask_lora", "unstructured", 0.8, 500, (0,)),
+# method, pattern, sparsity, steps, seed; the pair that the claim rests on has three seeds
+CELLS: list[tuple[str, str, float | None, int, int]] = [
+    ("full", "unstructured", 0.8, 150, 0),
+    ("mask_lora", "unstructured", 0.8, 150, 0),
+    ("lora", "unstructured", 0.8, 150, 0),
+    ("full", "1:4", None, 150, 0),
+    ("mask_lora", "1:4", None, 150, 0),
+    ("full", "unstructured", 0.8, 500, 0),
+    ("mask_lora", "unstructured", 0.8, 500, 0),
+    ("full", "unstructured", 0.8, 150, 1),
+    ("mask_lora", "unstructured", 0.8, 150, 1),
+    ("full", "unstructured", 0.8, 150, 2),
+    ("mask_lora", "unstructured", 0.8, 150, 2),
+    ("lora", "1:4", None, 150, 0),
 ]
 LEARNING_RATE = {"full": 5e-4, "mask_lora": 2e-3, "lora": 2e-3}
 RANK, ALPHA, BATCH = 16, 32, 12
@@ -117,13 +121,12 @@ def main() -> None:
     table = Table(args.output, "tests/benchmarks/quality_retraining.py", protocol=protocol, keys=keys, force=args.force)
     dense_key = {"method": "dense", "pattern": "dense", "sparsity": 0.0, "steps": 0, "seed": 0}
     dense = table.row(dense_key, lambda: {"perplexity": round(bench.perplexity(bench.load()), 3)})["perplexity"]
-    for method, pattern, sparsity, steps, seeds in CELLS:
+    for method, pattern, sparsity, steps, seed in CELLS:
         if args.only and method not in args.only:
             continue
-        for seed in seeds:
-            key = {"method": method, "pattern": pattern, "sparsity": sparsity, "steps": steps, "seed": seed}
-            shape = {"pattern": pattern, "sparsity": sparsity}
-            table.row(key, lambda m=method, p=shape, n=steps, s=seed: measure(bench, m, p, n, s, dense))
+        key = {"method": method, "pattern": pattern, "sparsity": sparsity, "steps": steps, "seed": seed}
+        shape = {"pattern": pattern, "sparsity": sparsity}
+        table.row(key, lambda m=method, p=shape, n=steps, s=seed: measure(bench, m, p, n, s, dense))
 
 
 if __name__ == "__main__":
