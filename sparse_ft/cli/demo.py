@@ -1,6 +1,6 @@
 """`sparse-ft demo`: the whole story on one small model, offline, in a few minutes on two CPU cores.
 
-    dense → magnitude, Wanda and SparseGPT at 2:4 and 60% → MaskLoRA → merge → verified files, table and report
+    dense → magnitude, Wanda and SparseGPT at 2:4, 60% and 80% → MaskLoRA → merge → verified files, table and report
 
 The text is the docstrings of Python's standard library and the model a small Llama trained on them, once; both are kept
 in the user's cache. `--model_name_or_path` and `--dataset` tell the same story about your own. Beside MaskLoRA an
@@ -51,7 +51,9 @@ GROUPS = (DemoArguments,)
 PATTERNS: dict[str, dict[str, Any]] = {
     "2:4": {"pattern": "2:4"},
     "60%": {"pattern": "unstructured", "sparsity": 0.6},
+    "80%": {"pattern": "unstructured", "sparsity": 0.8},
 }
+LAST = list(PATTERNS)[-1]  # here the ordinary LoRA is trained too, and this is what the report's details are about
 LABELS = {"magnitude": "magnitude", "wanda": "Wanda", "sparsegpt": "SparseGPT"}
 START = "magnitude"  # what is retrained: the plainest way to prune
 MARKER = "demo.txt"  # its presence says that a directory was made by the demo and may be replaced by the next
@@ -151,7 +153,7 @@ def run(argv: Sequence[str]) -> int:
         for group in PATTERNS:
             masks[group] = _prune(stage, group)
             _recover(stage, group, masks[group], directory, argv)
-            _show_ordinary_lora(stage, group, masks[group])
+        _show_ordinary_lora(stage, LAST, masks[LAST])
         _write_report(stage, directory, masks, argv)
         (directory / MARKER).write_text(ABOUT, encoding="utf-8")
     print_comparison(stage.rows)
@@ -275,16 +277,15 @@ def _train_adapter(
 
 def _write_report(stage: Stage, directory: Path, masks: dict[str, MaskSet], argv: Sequence[str]) -> None:
     """The page that puts all models side by side."""
-    last = list(PATTERNS)[-1]
     data = ReportData(
         title="Demo",
         model=_model_name(stage),
         command=command_line("demo", argv),
-        rows=sparsity_table(masks[last], load_checked(directory / _folder(last))),
-        method=f"{LABELS[START]} at {last}, recovered by MaskLoRA",
+        rows=sparsity_table(masks[LAST], load_checked(directory / _folder(LAST))),
+        method=f"{LABELS[START]} at {LAST}, recovered by MaskLoRA",
         evaluations=[],
         histories={name: log for name, log in stage.histories.items() if name.startswith("MaskLoRA")},
-        mask_sample=mask_sample(masks["2:4"]),
+        mask_sample=mask_sample(masks[LAST]),
         arguments=plain_arguments(stage.how) | {"protocol": str(stage.entries["", "dense"]["protocol"])},
         versions=versions(),
         verdict=_verdict(stage),
@@ -295,12 +296,11 @@ def _write_report(stage: Stage, directory: Path, masks: dict[str, MaskSet], argv
 def _verdict(stage: Stage) -> str:
     """What happened, in one sentence."""
     dense = stage.rows[0].perplexity or float("nan")
-    group = list(PATTERNS)[-1]
-    of_group = {row.label.split(",")[0]: row for row in stage.rows if row.group == group}
+    of_group = {row.label.split(",")[0]: row for row in stage.rows if row.group == LAST}
     pruned, merged = of_group[LABELS[START]], of_group[f"{LABELS[START]} + MaskLoRA"]
     broken = of_group[f"{LABELS[START]} + ordinary LoRA"]
     return (
-        f"Pruning {group} by {LABELS[START]} took the perplexity from {dense:.1f} to {pruned.perplexity:.1f}; "
+        f"Pruning {LAST} by {LABELS[START]} took the perplexity from {dense:.1f} to {pruned.perplexity:.1f}; "
         f"{stage.how.retrain_steps} steps of MaskLoRA brought it to {merged.perplexity:.1f} with {merged.sparsity:.1%} "
         f"zeros in the merged weights, where an ordinary LoRA leaves {broken.sparsity:.1%}."
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from collections.abc import Sequence
 from typing import Any
@@ -18,7 +19,8 @@ class Progress(TrainerCallback):
     """A bar with the loss beside it, instead of a line per log."""
 
     def __init__(self, name: str) -> None:
-        self._bar: tqdm[Any] = tqdm(desc=name, unit="step", leave=False, mininterval=1.0, delay=2)
+        interval = 1.0 if sys.stderr.isatty() else 20.0  # a log file shall not fill with bars
+        self._bar: tqdm[Any] = tqdm(desc=name, unit="step", leave=False, mininterval=interval, delay=2)
 
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         """Now the number of steps is known."""

@@ -96,7 +96,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
     return recipe
 
 
-class ConfigParser(TrlParser):  # type: ignore[misc]
+class ConfigParser(TrlParser):
     """`TrlParser` whose recipes are found by name and whose every complaint is a one-sentence `ValueError`."""
 
     def __init__(self, dataclass_types: Sequence[type], *, prog: str, description: str) -> None:
