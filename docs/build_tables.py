@@ -62,6 +62,8 @@ def cell(value: Any) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, float):
+        if abs(value) >= 1e6:
+            return f"{value:.1e}"
         digits = 0 if abs(value) >= 1000 else 1 if abs(value) >= 100 else 2
         return f"{value:,.{digits}f}" if abs(value) >= 1 else f"{value:.4g}"
     if isinstance(value, (list, tuple)):
@@ -146,7 +148,26 @@ def perplexity_by_pattern(rows: Sequence[Row]) -> list[Row]:
     return list(lines.values())
 
 
-VIEWS: dict[str, Callable[[Sequence[Row]], list[Row]]] = {ONE_SHOT: perplexity_by_pattern}
+def recovery(rows: Sequence[Row]) -> list[Row]:
+    """One line per retraining: what was pruned, what came back, what is left of the zeros."""
+    return [
+        {
+            "method": row["method"],
+            "pruned to": pattern_label(row),
+            "steps": row["steps"],
+            "runs": row["runs"],
+            "perplexity pruned": row.get("pruned_perplexity"),
+            "perplexity": row["perplexity"],
+            "gap closed": row.get("gap_closed"),
+            "merged sparsity": row.get("merged_sparsity"),
+            "learning rate": row.get("learning_rate"),
+        }
+        for row in over_seeds(rows)
+    ]
+
+
+VIEWS: dict[str, Callable[[Sequence[Row]], list[Row]]] = {ONE_SHOT: perplexity_by_pattern, RETRAINING: recovery}
+TITLES = {ONE_SHOT: "One-shot pruning", RETRAINING: "Retraining after magnitude pruning"}
 
 
 def plot_one_shot(result: Result, path: Path) -> None:
@@ -201,9 +222,9 @@ def results_fragment(results: dict[str, Result]) -> str:
 
 
 def title(key: str) -> str:
-    """`one_shot/llama_wt2` as a heading."""
+    """The heading of a result file; its own words when it has none."""
     topic, name = key.split("/")
-    return f"{topic.replace('_', ' ').capitalize()}: {name.replace('_', ' ')}"
+    return TITLES.get(key, f"{topic.replace('_', ' ').capitalize()}: {name.replace('_', ' ')}")
 
 
 def readme_fragment(results: dict[str, Result]) -> str:
