@@ -144,7 +144,7 @@ def _plain_modules(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Modul
         return
     experts = _number_of_experts(module)
     for child_name, child in module.named_children():
-        if not _is_gate(child, experts):
+        if not _is_router(child_name, child, experts):
             yield from _plain_modules(f"{name}.{child_name}", child)
 
 
@@ -158,8 +158,10 @@ def _number_of_experts(module: nn.Module) -> int | None:
     return None
 
 
-def _is_gate(module: nn.Module, experts: int | None) -> bool:
-    """A router (one output per expert beside the experts) or a gate with a single output."""
+def _is_router(name: str, module: nn.Module, experts: int | None) -> bool:
+    """A router (so called, or with one output per expert beside the experts), or a gate with a single output."""
+    if "router" in name:
+        return True
     module = getattr(module, "base_layer", module)
     if not isinstance(module, nn.Linear):
         return False

@@ -6,7 +6,16 @@ import pytest
 import torch
 from tiny_models import TINY, tiny_batch
 from torch import nn
-from transformers import GptOssConfig, GptOssForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
+from transformers import (
+    GptOssConfig,
+    GptOssForCausalLM,
+    JetMoeConfig,
+    JetMoeForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+    SwitchTransformersConfig,
+    SwitchTransformersForConditionalGeneration,
+)
 
 from sparse_ft.models import canonical_name, find_blocks, find_targets, load_skeleton, matrix_view, named_weights
 
@@ -112,6 +121,31 @@ class _SeparateExperts(nn.Module):
 
 def test_router_beside_separate_experts_is_left_alone() -> None:
     assert [t.module for t in find_targets(_SeparateExperts())] == [f"layers.0.experts.{e}.0" for e in range(3)]
+
+
+def _switch() -> nn.Module:
+    config = SwitchTransformersConfig(
+        vocab_size=96, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_decoder_layers=2, num_heads=2, num_experts=3,
+        num_sparse_encoder_layers=1, num_sparse_decoder_layers=1,
+    )  # fmt: skip
+    return SwitchTransformersForConditionalGeneration(config)
+
+
+def _jetmoe() -> nn.Module:
+    config = JetMoeConfig(
+        vocab_size=96, hidden_size=16, num_hidden_layers=1, num_key_value_heads=2, kv_channels=8, intermediate_size=24,
+        num_local_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    return JetMoeForCausalLM(config)
+
+
+@pytest.mark.parametrize("build", [_switch, _jetmoe])
+def test_routers_that_hold_their_linear_inside_are_left_alone(build: object) -> None:
+    model = build()  # type: ignore[operator]
+    names = [t.name for t in find_targets(model)]
+    assert any("experts" in name for name in names)
+    assert any("router" in name for name, _ in model.named_parameters())
+    assert not any("router" in name for name in names)
 
 
 @pytest.mark.parametrize("family", TINY)
