@@ -107,8 +107,7 @@ def _with_decoder_inputs(model: Any, batch: Batch) -> Batch:
 
 
 def _check_ids(model: Any, batch: Batch) -> None:
-    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    vocabulary = getattr(embedding, "num_embeddings", None)
+    vocabulary = _vocabulary(model)
     positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     for key in ("input_ids", "decoder_input_ids"):
         ids = batch.get(key)
@@ -122,10 +121,18 @@ def _check_ids(model: Any, batch: Batch) -> None:
                 f"Calibration {key} run from {low} to {high} but the model's vocabulary has {vocabulary} entries; "
                 f"tokenise the text with this model's own tokenizer."
             )
-        if positions is not None and ids.shape[1] > positions:
+        if positions is not None and 0 < positions < ids.shape[1]:  # XLNet says -1: no limit
             raise ValueError(
                 f"Calibration {key} are {ids.shape[1]} tokens long but the model has {positions} positions; cut them."
             )
+
+
+def _vocabulary(model: Any) -> int | None:
+    """Number of token embeddings; None for a model of images or sound, or without such a thing."""
+    try:
+        return getattr(model.get_input_embeddings(), "num_embeddings", None)
+    except (AttributeError, NotImplementedError):  # transformers raises the latter
+        return None
 
 
 def _has_rows(batch: Batch) -> bool:

@@ -287,6 +287,24 @@ def test_experts_without_tokens_fall_back_to_magnitude_and_are_named(method: str
                 assert (f"{name}[{expert}]" in str(caught[0].message)) == (expert in starved)
 
 
+@pytest.mark.parametrize(("tokens", "starved"), [(31, True), (32, False)])
+def test_an_expert_needs_thirty_two_tokens_where_others_saw_more(tokens: int, starved: bool) -> None:
+    """Expert 3 gets `tokens` tokens: with fewer than the minimum its statistic is noise and is not used."""
+    model = TINY["mixtral"]()
+
+    def route(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        experts = torch.tensor([0, 1]).repeat(len(args[0]), 1)
+        experts[:tokens, 1] = 3
+        return args[0], experts, args[2]
+
+    for layer in model.model.layers:
+        layer.mlp.experts.register_forward_pre_hook(route)
+    with pytest.warns(UserWarning, match="fewer than 32") as caught:
+        prune(model, sparsity=0.5, method="wanda", calibration=batches(model, count=1), progress=False)
+    assert ("gate_up_proj[3]" in str(caught[0].message)) == starved
+    assert "gate_up_proj[2]" in str(caught[0].message) and "gate_up_proj[1]" not in str(caught[0].message)
+
+
 def test_a_stack_of_blocks_that_never_runs_is_pruned_by_magnitude() -> None:
     class TwoTowers(nn.Module):
         def __init__(self) -> None:
@@ -339,3 +357,33 @@ def test_pruned_by_peft_names_are_canonical() -> None:
     masks = prune(wrapped, sparsity=0.5, method="wanda", calibration=data, progress=False)
     expected = prune(plain, sparsity=0.5, method="wanda", calibration=data, progress=False)
     assert masks == expected and isinstance(masks, MaskSet)
+
+
+def test_models_of_text_and_images_can_be_calibrated() -> None:
+    """CLIP has no single input embedding, so there is no vocabulary to check ids against."""
+    from transformers import CLIPConfig, CLIPModel
+
+    part = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24)
+    torch.manual_seed(0)
+    model = CLIPModel(
+        CLIPConfig(
+            text_config=dict(part, vocab_size=96, bos_token_id=0, eos_token_id=1, pad_token_id=2),
+            vision_config=dict(part, image_size=16, patch_size=4),
+            projection_dim=8,
+        )
+    ).eval()
+    ids, pixels = torch.randint(3, 96, (4, 12)), torch.randn(4, 3, 16, 16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # both towers are calibrated: nothing falls back to magnitude
+        masks = prune(
+            model, pattern="2:4", method="wanda", calibration=[{"input_ids": ids, "pixel_values": pixels}],
+            progress=False,
+        )  # fmt: skip
+    assert {name.split(".")[0] for name in masks} == {"text_model", "vision_model"}
+    masks.verify(model)
+
+
+def test_a_config_without_a_limit_of_positions_takes_any_length() -> None:
+    model = TINY["llama"]()
+    model.config.max_position_embeddings = -1  # what XLNet's says
+    assert prepare_calibration(model, [torch.ones(1, 65, dtype=torch.long)], "wanda")[0]["input_ids"].shape == (1, 65)
