@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import signal
 import subprocess
 import sys
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_models import TINY
 
@@ -185,8 +188,6 @@ def test_save_load_save_is_byte_equal(family: str, tmp_path: Path) -> None:
 
 
 def test_a_changed_file_is_refused(tmp_path: Path) -> None:
-    from safetensors import safe_open
-
     masks = random_masks()
     file = masks.save(tmp_path)
     with safe_open(file, "pt") as opened:
@@ -195,6 +196,29 @@ def test_a_changed_file_is_refused(tmp_path: Path) -> None:
     packed["a.weight"][0] ^= 1
     save_file(packed, file, metadata=metadata)
     with pytest.raises(ValueError, match=r"it was changed after it was written"):
+        MaskSet.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda header: header.update(format_version=2), "has format 2, this version reads 1; upgrade"),
+        (
+            lambda header: header["tensors"].pop("a.weight"),
+            "'a.weight' is in its header or its tensors but not in both",
+        ),
+    ],
+)
+def test_a_header_of_another_version_or_of_other_tensors_is_refused(
+    change: Callable[[dict[str, Any]], Any], message: str, tmp_path: Path
+) -> None:
+    file = random_masks().save(tmp_path)
+    with safe_open(file, "pt") as opened:
+        ((key, text),) = opened.metadata().items()
+    header = json.loads(text)
+    change(header)
+    save_file(load_file(file), file, metadata={key: json.dumps(header)})
+    with pytest.raises(ValueError, match=message):
         MaskSet.load(tmp_path)
 
 
@@ -257,8 +281,9 @@ def test_digest_ignores_order_and_sees_everything_else() -> None:
         MaskSet({"a": masks["a"], "c": masks["b"]}),
         MaskSet({**masks, "b": masks["b"].view(4, 8)}),
         MaskSet(masks, input_dims={"b": 0}),
+        MaskSet(masks, pattern="4:4"),
     ]
-    assert len({one.digest(), *(o.digest() for o in others)}) == 5
+    assert len({one.digest(), *(o.digest() for o in others)}) == 6
 
 
 def test_weights_digest_is_of_values_not_of_dtype_or_order() -> None:

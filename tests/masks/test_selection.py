@@ -89,3 +89,5 @@ def test_bad_arguments_name_the_values() -> None:
         keep_n_of_m(torch.rand(4), 5, 4)
     with pytest.raises(ValueError, match="1 of 2 scores are NaN"):
         keep_largest(torch.tensor([1.0, float("nan")]), 1)
+    with pytest.raises(ValueError, match="1 of 4 scores are NaN"):
+        keep_n_of_m(torch.tensor([1.0, float("nan"), 2.0, 3.0]), 2, 4)

@@ -185,6 +185,7 @@ def test_equal_weights_and_zero_weights_keep_exact_counts():
         result = sparsegpt(weight, torch.eye(16), sparsity=0.5)
         assert int(result.mask.sum()) == 48
         assert torch.equal(result.weight, weight * result.mask)
+        assert not result.mask[:3].any(), "of equal scores the first rows go"
         assert (sparsegpt(weight, hessian, pattern="2:4").mask.view(6, 4, 4).sum(-1) == 2).all()
 
 
@@ -260,6 +261,23 @@ def test_hessian_is_the_mean_of_outer_products_however_batched():
         assert hessian.tokens == 500
     hessian.add(x)  # reading the matrix does not disturb further accumulation
     torch.testing.assert_close(hessian.matrix().double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="torch has one setting for all")
+def test_full_precision_turns_tf32_and_bf16_products_off():
+    """Looked at in the settings: a CPU without bf16 units computes the same either way."""
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        for backend, loose in zip(backends, ("tf32", "bf16"), strict=True):
+            backend.fp32_precision = loose
+        with pytest.raises(ZeroDivisionError), full_precision():
+            assert [backend.fp32_precision for backend in backends] == ["ieee", "ieee"]
+            _ = 1 / 0
+        assert [backend.fp32_precision for backend in backends] == ["tf32", "bf16"]
+    finally:
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
 
 
 def test_full_precision_overrides_and_restores_the_settings():
