@@ -53,7 +53,7 @@ class ModelArguments:
     """Which model is read."""
 
     model_name_or_path: str = field(metadata={"help": "directory of a checkpoint, or a name on the Hugging Face Hub"})
-    trust_remote_code: bool = option(False, "allow model code shipped with the checkpoint to run")
+    allow_pickle: bool = option(False, "accept pytorch_model.bin where there is no safetensors; read as plain tensors")
 
 
 @dataclass
@@ -141,6 +141,7 @@ class EvalArguments:
     batch_size: int = option(8, "windows per forward pass; does not change the result")
     dtype: str = option("auto", "dtype of the weights: auto (as stored), float32, bfloat16 or float16")
     device: str | None = option(None, "by default cuda if there is one, else cpu")
+    trust_remote_code: bool = option(False, "allow model code shipped with the checkpoint to run")
     record: bool = option(True, "add the result to sparse_ft.json and report.html of a sparse_ft checkpoint")
     output_dir: str | None = option(None, "write the result as a new directory with report.html instead")
 

@@ -10,22 +10,24 @@ given.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sparse_ft.checkpoints import CheckpointReader, atomic_directory, check_output_dir, resolve_checkpoint, versions
+from sparse_ft.checkpoints import CheckpointReader, atomic_directory, check_output_dir, versions
 from sparse_ft.checkpoints.resolve import member
 from sparse_ft.cli.arguments import EvalArguments, ModelArguments, TextArguments, first_word_is_model, parse
 from sparse_ft.cli.measuring import choose_device, choose_dtype, choose_length, find_split, load_checked
+from sparse_ft.cli.opening import open_source
 from sparse_ft.cli.publishing import command_line, plain_arguments
 from sparse_ft.cli.refreshing import add_evaluation, is_sparse_checkpoint
 from sparse_ft.data import tokenize
-from sparse_ft.evaluation import PerplexityResult, ReportData, perplexity, write_report
+from sparse_ft.evaluation import REPORT_HTML, PerplexityResult, ReportData, perplexity, write_report
 from sparse_ft.models import load_tokenizer
 
 __all__ = ["run"]
@@ -47,18 +49,31 @@ def run(argv: Sequence[str]) -> int:
     """Evaluate one checkpoint; the exit code."""
     words = first_word_is_model(argv)
     groups = parse(words, GROUPS, verb="eval", description="Measure perplexity and say by which protocol.")
-    model_arguments, text, how = groups
+    model, text, how = groups
     if text.dataset is None:
         raise ValueError("No text was given; name one with --dataset.")
-    device, dtype = choose_device(how.device), choose_dtype(how.dtype)
-    name = model_arguments.model_name_or_path
-    target = check_output_dir(how.output_dir, inputs=[name]) if how.output_dir is not None else None
-    subject = find_subject(name)
+    choose_dtype(how.dtype)
+    inputs = [model.model_name_or_path]
+    target = check_output_dir(how.output_dir, inputs=inputs) if how.output_dir is not None else None
+    device = choose_device(how.device)
+    with open_subject(model) as subject:
+        result = _measure(subject, text, how, device)
+        print(f"perplexity {result.perplexity:.4f}\n  ({result.protocol})")
+        command = command_line("eval", argv)
+        if target is not None:
+            _write(result, target, model.model_name_or_path, command, plain_arguments(*groups))
+        elif how.record and subject.adapter is None and is_sparse_checkpoint(subject.base):
+            print(add_evaluation(subject.base, result.to_dict()))
+    return 0
+
+
+def _measure(subject: Subject, text: TextArguments, how: EvalArguments, device: torch.device) -> PerplexityResult:
+    assert text.dataset is not None
     tokenizer = _tokenizer_of(subject)
     found, split = find_split(text.dataset, how.split, config=text.dataset_config, text_field=text.text_field)
     ids = tokenize(found, tokenizer)
-    model = load_subject(subject, dtype, device, model_arguments.trust_remote_code)
-    result = perplexity(
+    model = load_subject(subject, choose_dtype(how.dtype), device, how.trust_remote_code)
+    return perplexity(
         model,
         ids,
         sequence_length=choose_length(text.sequence_length, model.config, tokenizer),
@@ -68,28 +83,41 @@ def run(argv: Sequence[str]) -> int:
         dataset=text.dataset,
         split=split,
     )
-    print(f"perplexity {result.perplexity:.4f}\n  ({result.protocol})")
-    _keep(result, subject, target, argv, name, plain_arguments(*groups), how.record)
-    return 0
 
 
-def find_subject(name: str) -> Subject:
-    """The model directory meant by `name`, and the adapter directory if `name` is one.
+def _write(result: PerplexityResult, target: Path, name: str, command: str, arguments: dict[str, Any]) -> None:
+    """The result as a new directory with a report."""
+    with atomic_directory(target) as directory:
+        entry = result.to_dict(label="model")
+        data = ReportData("Evaluated", name, command, evaluations=[entry], arguments=arguments, versions=versions())
+        write_report(directory, data)
+    print(target / REPORT_HTML)
+
+
+@contextmanager
+def open_subject(model: ModelArguments) -> Iterator[Subject]:
+    """The model directory that was named, or the adapter directory and the model it names.
 
     Raises:
-        FileNotFoundError: There is no such directory or Hub name, or the adapter's base model is gone.
-        ValueError: The adapter's configuration names no base model.
+        FileNotFoundError: if there is no such directory or Hub name, or the adapter's base model is gone.
+        ValueError: if the adapter's configuration names no base model.
     """
-    path = Path(name)
-    if not (path / ADAPTER_CONFIG).is_file():
-        return Subject(resolve_checkpoint(name), None)
+    path = Path(model.model_name_or_path)
+    adapter = path if (path / ADAPTER_CONFIG).is_file() else None
+    named = model if adapter is None else replace(model, model_name_or_path=_base_of(adapter))
+    with open_source(named) as base:
+        yield Subject(base, adapter)
+
+
+def _base_of(adapter: Path) -> str:
+    file = adapter / ADAPTER_CONFIG
     try:
-        base = json.loads((path / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
+        base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
     except (ValueError, AttributeError):
-        raise ValueError(f"'{path / ADAPTER_CONFIG}' is not valid JSON; copy the adapter directory again.") from None
+        raise ValueError(f"'{file}' is not valid JSON; copy the adapter directory again.") from None
     if not base:
-        raise ValueError(f"'{path / ADAPTER_CONFIG}' names no base_model_name_or_path; add the directory of its model.")
-    return Subject(resolve_checkpoint(base), path)
+        raise ValueError(f"'{file}' names no base_model_name_or_path; add the directory of its model.")
+    return str(base)
 
 
 def load_subject(
@@ -117,24 +145,3 @@ def _tokenizer_of(subject: Subject) -> PreTrainedTokenizerBase:
     adapter = subject.adapter
     has_own = adapter is not None and (adapter / "tokenizer_config.json").is_file()
     return load_tokenizer(adapter if has_own and adapter else subject.base)
-
-
-def _keep(
-    result: PerplexityResult,
-    subject: Subject,
-    target: Path | None,
-    argv: Sequence[str],
-    name: str,
-    arguments: dict[str, Any],
-    record: bool,
-) -> None:
-    """Write the result where it belongs: a new directory, the checkpoint's own record, or nowhere."""
-    command = command_line("eval", argv)
-    if target is not None:
-        with atomic_directory(target) as directory:
-            entry = result.to_dict(label="model")
-            data = ReportData("Evaluated", name, command, evaluations=[entry], arguments=arguments, versions=versions())
-            write_report(directory, data)
-        print(target / "report.html")
-    elif record and subject.adapter is None and is_sparse_checkpoint(subject.base):
-        print(add_evaluation(subject.base, result.to_dict()))

@@ -12,6 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from sparse_ft.checkpoints import CheckpointReader
 from sparse_ft.cli.arguments import EvaluationArguments, TextArguments, check_choice
+from sparse_ft.cli.opening import is_causal
 from sparse_ft.data import load_text, tokenize
 from sparse_ft.evaluation import perplexity
 from sparse_ft.models import load_model
@@ -110,7 +111,7 @@ def find_split(dataset: str, split: str | None, *, config: str | None, text_fiel
 
 
 def choose_eval_text(
-    evaluation: EvaluationArguments, text: TextArguments, tokenizer: PreTrainedTokenizerBase
+    evaluation: EvaluationArguments, text: TextArguments, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig
 ) -> EvalText | None:
     """The text before-and-after perplexities are measured on, None when there is none or `--no_eval` was given.
 
@@ -125,16 +126,25 @@ def choose_eval_text(
     if not evaluation.eval or dataset is None:
         return None
     asked_for = evaluation.eval_dataset is not None or evaluation.eval_split is not None
-    if not asked_for and Path(dataset).expanduser().is_file():
+    if not asked_for and not is_causal(config):
+        _not_evaluated("perplexity is for causal language models")
         return None
-    config = text.dataset_config if dataset == text.dataset else None
+    if not asked_for and Path(dataset).expanduser().is_file():
+        _not_evaluated(f"'{dataset}' has no test split; name a text with --eval_dataset")
+        return None
+    subset = text.dataset_config if dataset == text.dataset else None
     try:
-        found, split = find_split(dataset, evaluation.eval_split, config=config, text_field=text.text_field)
+        found, split = find_split(dataset, evaluation.eval_split, config=subset, text_field=text.text_field)
     except FileNotFoundError:
         if asked_for:
             raise
+        _not_evaluated(f"'{dataset}' has no test or validation split; name a text with --eval_dataset")
         return None
     return EvalText(tokenize(found, tokenizer), dataset, split)
+
+
+def _not_evaluated(reason: str) -> None:
+    print(f"Not evaluated: {reason}.")
 
 
 def measure(

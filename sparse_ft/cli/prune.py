@@ -13,9 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
-from sparse_ft.checkpoints import atomic_directory, check_output_dir, copy_side_files, resolve_checkpoint
+from sparse_ft.checkpoints import atomic_directory, check_output_dir, copy_side_files
 from sparse_ft.cli.arguments import (
     CalibrationArguments,
     EvaluationArguments,
@@ -27,6 +28,7 @@ from sparse_ft.cli.arguments import (
     parse,
 )
 from sparse_ft.cli.measuring import EvalText, choose_device, choose_eval_text, choose_length, load_checked, measure
+from sparse_ft.cli.opening import open_source
 from sparse_ft.cli.publishing import Outcome, plain_arguments, print_outcome, publish
 from sparse_ft.data import calibration_batches
 from sparse_ft.models import load_config, load_tokenizer
@@ -40,17 +42,24 @@ GROUPS = (ModelArguments, OutputArguments, TextArguments, PruneArguments, Calibr
 def run(argv: Sequence[str]) -> int:
     """Prune one checkpoint; the exit code."""
     groups = parse(argv, GROUPS, verb="prune", description="Make a sparse checkpoint from a dense one.")
-    model, output, text, how, calibration, evaluation = groups
+    model, output, text, how, _, _ = groups
     check_choice("method", how.method, list(METHODS))
     output_dir = check_output_dir(output.output_dir, inputs=[model.model_name_or_path], overwrite=output.overwrite)
-    needs_text = METHODS[how.method].statistic is not None
-    if needs_text and text.dataset is None:
+    if METHODS[how.method].statistic is not None and text.dataset is None:
         raise ValueError(f"Method {how.method!r} looks at the model's activations; name a text with --dataset.")
     device = choose_device(how.device)
-    source = resolve_checkpoint(model.model_name_or_path)
+    with open_source(model) as source:
+        return _prune(groups, argv, source, output_dir, device)
+
+
+def _prune(groups: Sequence[Any], argv: Sequence[str], source: Path, output_dir: Path, device: torch.device) -> int:
+    """Read the texts, then evaluate, prune, evaluate again and publish."""
+    model, output, text, how, calibration, evaluation = groups
+    needs_text = METHODS[how.method].statistic is not None
     tokenizer = load_tokenizer(source) if needs_text or (evaluation.eval and _names_a_text(text, evaluation)) else None
-    length = choose_length(text.sequence_length, load_config(source), tokenizer) if tokenizer else 0
-    eval_text = choose_eval_text(evaluation, text, tokenizer) if tokenizer else None
+    config = load_config(source)
+    length = choose_length(text.sequence_length, config, tokenizer) if tokenizer else 0
+    eval_text = choose_eval_text(evaluation, text, tokenizer, config) if tokenizer else None
     batches = _calibration(text, calibration, tokenizer, length, output.seed) if tokenizer and needs_text else None
     evaluations = [_evaluate(source, eval_text, length, evaluation, "dense", device)] if eval_text else []
     with atomic_directory(output_dir, overwrite=output.overwrite) as directory:
@@ -68,7 +77,7 @@ def _names_a_text(text: TextArguments, evaluation: EvaluationArguments) -> bool:
     return text.dataset is not None or evaluation.eval_dataset is not None
 
 
-def _settings(how: PruneArguments, seed: int, device: Any) -> dict[str, Any]:
+def _settings(how: PruneArguments, seed: int, device: torch.device) -> dict[str, Any]:
     """`PruneArguments` as keyword arguments of `prune_checkpoint`."""
     names = ("method", "pattern", "sparsity", "allocation", "indivisible", "update_weights", "block_size")
     settings = {name: getattr(how, name) for name in (*names, "damping", "min_keep")}
@@ -92,7 +101,7 @@ def _calibration(
 
 
 def _evaluate(
-    directory: Path, text: EvalText, length: int, evaluation: EvaluationArguments, label: str, device: Any
+    directory: Path, text: EvalText, length: int, evaluation: EvaluationArguments, label: str, device: torch.device
 ) -> dict[str, Any]:
     """Load, measure, and let go of the model again."""
     result = measure(load_checked(directory, device=device), text, length, evaluation, label)

@@ -45,6 +45,7 @@ __all__ = [
     "written_weights",
 ]
 
+_SECRET = ("__hub_token",)
 TITLES = {"prune": "Pruned", "retrain": "Retrained", "demo": "Retrained"}
 
 
@@ -129,8 +130,14 @@ def written_weights(directory: Path, masks: MaskSet) -> Mapping[str, Tensor]:
 
 
 def command_line(verb: str, argv: Sequence[str]) -> str:
-    """The command as it can be pasted into a shell."""
-    return shlex.join(["sparse-ft", verb, *argv])
+    """The command as it can be pasted into a shell, access tokens left out."""
+    words: list[str] = []
+    for word in argv:
+        hidden = words and words[-1].replace("-", "_") in _SECRET
+        name, equals, _ = word.partition("=")
+        secret = equals and name.replace("-", "_") in _SECRET
+        words.append("TOKEN" if hidden else f"{name}=TOKEN" if secret else word)
+    return shlex.join(["sparse-ft", verb, *words])
 
 
 def plain_arguments(*groups: Any) -> dict[str, Any]:

@@ -32,7 +32,6 @@ from sparse_ft.checkpoints import (
     check_output_dir,
     copy_side_files,
     make_record,
-    resolve_checkpoint,
     write_sidecars,
 )
 from sparse_ft.cli.arguments import (
@@ -45,6 +44,7 @@ from sparse_ft.cli.arguments import (
     parse,
 )
 from sparse_ft.cli.measuring import EvalText, choose_dtype, choose_eval_text, choose_length, measure
+from sparse_ft.cli.opening import is_causal, open_source
 from sparse_ft.cli.publishing import Outcome, plain_arguments, print_outcome, publish, written_weights
 from sparse_ft.cli.retrain_run import bare_resume_flag, decisive_settings, open_run, run_dir_of, run_identity
 from sparse_ft.cli.retrain_source import SparseModel, load_sparse_model
@@ -118,7 +118,72 @@ class Job:
 
 def run(argv: Sequence[str]) -> int:
     """Retrain one checkpoint; the exit code."""
-    job = _read_job(argv)
+    defaults = RETRAIN_DEFAULTS | {"use_cpu": not torch.accelerator.is_available()}
+    groups = parse(
+        bare_resume_flag(argv),
+        GROUPS,
+        verb="retrain",
+        description="Train a sparse checkpoint; its zeros stay exactly zero.",
+        defaults=defaults,
+        required=["output_dir"],
+    )
+    names, text, how, _, training = groups
+    output_dir = _check(names, text, how, training)
+    with open_source(names) as source:
+        return _retrain(_read_job(groups, output_dir, source), argv)
+
+
+def _check(names: ModelArguments, text: TextArguments, how: RetrainArguments, training: TrainingArguments) -> Path:
+    """What can be refused without reading a model; the output directory."""
+    method = METHODS[check_choice("method", how.method, list(METHODS))]
+    choose_dtype(how.dtype)
+    inputs = [names.model_name_or_path]
+    output_dir = check_output_dir(training.output_dir, inputs=inputs, overwrite=how.overwrite)
+    if how.save_adapter is not None:
+        if not method.has_adapter:
+            raise ValueError(f"Method {how.method!r} has no adapter to save; leave out --save_adapter.")
+        check_output_dir(how.save_adapter, inputs=[*inputs, output_dir], overwrite=how.overwrite)
+    if text.dataset is None:
+        raise ValueError("No text to train on was given; name one with --dataset.")
+    return output_dir
+
+
+def _read_job(groups: Sequence[Any], output_dir: Path, source: Path) -> Job:
+    """Read everything that is needed before the first step; writes nothing."""
+    names, text, how, evaluation, training = groups
+    config = load_config(source)
+    if not is_causal(config):
+        raise ValueError(
+            f"'{names.model_name_or_path}' is a {config.model_type} model but retrain trains next-token prediction; "
+            f"train it with your own Trainer and sparse_ft.MaskCallback or MaskLoraConfig."
+        )
+    tokenizer = load_tokenizer(source)
+    length = choose_length(text.sequence_length, config, tokenizer)
+    return Job(
+        names=names,
+        how=how,
+        evaluation=evaluation,
+        training=training,
+        settings=plain_arguments(names, text, how, evaluation),
+        output_dir=output_dir,
+        source=source,
+        tokenizer=tokenizer,
+        length=length,
+        eval_text=choose_eval_text(evaluation, text, tokenizer, config),
+        train_data=training_dataset(
+            text.dataset,
+            tokenizer,
+            split=how.train_split,
+            sequence_length=length,
+            config=text.dataset_config,
+            text_field=text.text_field,
+        ),
+        sparse=load_sparse_model(source),
+    )
+
+
+def _retrain(job: Job, argv: Sequence[str]) -> int:
+    """Train, and make the result; the exit code."""
     masks, settings = job.sparse.masks, {**job.settings, **decisive_settings(job.training)}
     wanted = run_identity(job.training, settings, masks, job.sparse.model, job.length)
     run_dir, resume = run_dir_of(job.output_dir), job.training.resume_from_checkpoint
@@ -137,53 +202,6 @@ def run(argv: Sequence[str]) -> int:
         _finish(job, model, outcome)
     print_outcome(job.output_dir, masks, outcome.evaluations)
     return 0
-
-
-def _read_job(argv: Sequence[str]) -> Job:
-    """Parse, check, and read everything that is needed before the first step; writes nothing."""
-    defaults = RETRAIN_DEFAULTS | {"use_cpu": not torch.accelerator.is_available()}
-    names, text, how, evaluation, training = parse(
-        bare_resume_flag(argv),
-        GROUPS,
-        verb="retrain",
-        description="Train a sparse checkpoint; its zeros stay exactly zero.",
-        defaults=defaults,
-        required=["output_dir"],
-    )
-    method = METHODS[check_choice("method", how.method, list(METHODS))]
-    choose_dtype(how.dtype)
-    inputs = [names.model_name_or_path]
-    output_dir = check_output_dir(training.output_dir, inputs=inputs, overwrite=how.overwrite)
-    if how.save_adapter is not None:
-        if not method.has_adapter:
-            raise ValueError(f"Method {how.method!r} has no adapter to save; leave out --save_adapter.")
-        check_output_dir(how.save_adapter, inputs=[*inputs, output_dir], overwrite=how.overwrite)
-    if text.dataset is None:
-        raise ValueError("No text to train on was given; name one with --dataset.")
-    source = resolve_checkpoint(names.model_name_or_path)
-    tokenizer = load_tokenizer(source)
-    length = choose_length(text.sequence_length, load_config(source), tokenizer)
-    return Job(
-        names=names,
-        how=how,
-        evaluation=evaluation,
-        training=training,
-        settings=plain_arguments(names, text, how, evaluation),
-        output_dir=output_dir,
-        source=source,
-        tokenizer=tokenizer,
-        length=length,
-        eval_text=choose_eval_text(evaluation, text, tokenizer),
-        train_data=training_dataset(
-            text.dataset,
-            tokenizer,
-            split=how.train_split,
-            sequence_length=length,
-            config=text.dataset_config,
-            text_field=text.text_field,
-        ),
-        sparse=load_sparse_model(source),
-    )
 
 
 def _before(job: Job) -> list[dict[str, Any]]:

@@ -46,7 +46,7 @@ def bare_resume_flag(argv: Sequence[str]) -> list[str]:
 
 def run_dir_of(output_dir: str | Path) -> Path:
     """`out.run` for `out`."""
-    path = Path(output_dir)
+    path = Path(output_dir).absolute()
     return path.with_name(f"{path.name}.run")
 
 

@@ -323,3 +323,57 @@ def test_main_reads_the_words_of_the_process(dense: Path, tmp_path: Path, monkey
     monkeypatch.setattr("sys.argv", ["sparse-ft", *words])
     assert main() == 0
     assert (tmp_path / "out" / "sparse_ft.json").is_file()
+
+
+@pytest.mark.parametrize("family", ["bert", "t5"])
+def test_models_that_do_not_predict_the_next_token(family: str, text: Path, tmp_path: Path, command: Command) -> None:
+    """They can be pruned with calibration; perplexity is left out and said to be, retraining is refused."""
+    source = save_model(tmp_path / "dense", family)
+    options = ["--method", "wanda", "--sparsity", 0.5, "--dataset", text, "--sequence_length", 16, "--samples", 4]
+    result = command("prune", "--model_name_or_path", source, "--output_dir", tmp_path / "sparse", *options)
+    assert result.code == 0, result.err
+    assert "Not evaluated: perplexity is for causal language models" in result.out
+    masks = MaskSet.load(tmp_path / "sparse")
+    assert masks.sparsity() == pytest.approx(0.5, abs=0.01)
+    words = ["--model_name_or_path", tmp_path / "sparse", "--dataset", text, "--output_dir", tmp_path / "out"]
+    result = command("retrain", *words)
+    assert result.code == 2 and "next-token" in result.complaint and "MaskCallback" in result.complaint
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_text_without_test_split_is_not_evaluated_on(
+    dense: Path, text: Path, tmp_path: Path, command: Command
+) -> None:
+    words = ["prune", "--model_name_or_path", dense, "--sparsity", 0.5, "--dataset", text / "train.txt"]
+    result = command(*words, "--output_dir", tmp_path / "out")
+    assert result.code == 0 and "Not evaluated" in result.out and "--eval_dataset" in result.out
+    result = command(*words, "--output_dir", tmp_path / "second", "--eval_dataset", text / "test.txt")
+    assert result.code == 0 and "pruned" in result.out and "Not evaluated" not in result.out
+
+
+def test_pickled_weights_when_they_are_allowed(dense: Path, text: Path, tmp_path: Path, command: Command) -> None:
+    pickled = tmp_path / "pickled"
+    shutil.copytree(dense, pickled)
+    state = AutoModelForCausalLM.from_pretrained(dense).state_dict()
+    torch.save(state, pickled / "pytorch_model.bin")
+    (pickled / "model.safetensors").unlink()
+    for source, target in ((dense, "a"), (pickled, "b")):
+        words = ["--sparsity", 0.5, "--output_dir", tmp_path / target, "--allow_pickle"]
+        assert command("prune", "--model_name_or_path", source, *words).code == 0
+    assert MaskSet.load(tmp_path / "a") == MaskSet.load(tmp_path / "b")
+    assert digest_of_files(tmp_path / "a") == digest_of_files(tmp_path / "b")
+    words = ["--dataset", text, "--sequence_length", 32]
+    one, other = command("eval", dense, *words), command("eval", pickled, *words, "--allow_pickle")
+    assert one.code == other.code == 0 and one.out == other.out.replace(str(pickled), str(dense))
+
+
+def test_access_tokens_are_not_written_down(pruned: Path, text: Path, tmp_path: Path, command: Command) -> None:
+    retrain(command, pruned, text, tmp_path / "out", "--no_eval", "--hub_token", "hf_secret", "--hub-token=hf_secret")
+    for name in ("sparse_ft.json", "report.html", "report.json"):
+        assert "hf_secret" not in (tmp_path / "out" / name).read_text(), name
+
+
+def test_evaluation_during_training(pruned: Path, text: Path, tmp_path: Path, command: Command) -> None:
+    retrain(command, pruned, text, tmp_path / "out", "--eval_strategy", "steps", "--eval_steps", 2)
+    history = json.loads((tmp_path / "out" / "report.json").read_text())["history"]["mask_lora"]
+    assert [entry["step"] for entry in history if "eval_loss" in entry] == [2, 4]
