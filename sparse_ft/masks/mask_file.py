@@ -101,7 +101,7 @@ def read(path: str | Path) -> tuple[Path, dict[str, Tensor], Layout]:
             {n: int(t["input_dim"]) for n, t in tensors.items()},
             header["digest"],
         )
-    except (SafetensorError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+    except (SafetensorError, KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise ValueError(f"'{file}' is no mask file, or is damaged ({error}); restore it or prune again.") from error
     if version != FORMAT_VERSION:
         raise ValueError(f"'{file}' has format {version}, this version reads {FORMAT_VERSION}; upgrade sparse-ft.")

@@ -261,6 +261,8 @@ class MaskSet(Mapping[str, Tensor]):
             0.5
         """
         parsed = Pattern.parse(pattern)
+        if not scores:
+            raise ValueError("A MaskSet needs at least one tensor of scores, got none.")
         dims = {n: (input_dims or {}).get(n, s.ndim - 1) for n, s in scores.items()}
         share = check_sparsity(parsed, sparsity)
         if scope not in ("tensor", "row", "global"):
@@ -339,8 +341,11 @@ class MaskSet(Mapping[str, Tensor]):
             ValueError: if the file is damaged, or its digest does not fit its content.
         """
         file, packed, layout = mask_file.read(path)
-        masks = {name: unpack_bits(packed[name], shape) for name, shape in layout.shapes.items()}
-        loaded = cls(masks, pattern=layout.patterns, input_dims=layout.input_dims)
+        try:
+            masks = {name: unpack_bits(packed[name], shape) for name, shape in layout.shapes.items()}
+            loaded = cls(masks, pattern=layout.patterns, input_dims=layout.input_dims)
+        except (ValueError, TypeError, IndexError, RuntimeError) as error:  # a header that no `save` wrote
+            raise ValueError(f"'{file}' is damaged ({error}); restore it or prune again.") from error
         if loaded.digest() != layout.digest:
             raise ValueError(
                 f"Masks in '{file}' have digest {loaded.digest()[:12]} but the file says {layout.digest[:12]}; "
@@ -360,15 +365,15 @@ def check_sparsity(pattern: Pattern, sparsity: float | None) -> float:
         ValueError: if it is missing, not a number, outside [0, 1), or contradicts n:m.
     """
     fixed = pattern.sparsity
-    if fixed is not None:
-        if sparsity is not None and not math.isclose(sparsity, fixed):
-            raise ValueError(f"Pattern {pattern} fixes sparsity at {fixed:g}, got {sparsity}; leave sparsity out.")
-        return fixed
     if sparsity is None:
+        if fixed is not None:
+            return fixed
         raise ValueError("Pattern 'unstructured' needs a sparsity in [0, 1), got none; pass for example sparsity=0.5.")
     if isinstance(sparsity, bool) or not isinstance(sparsity, (int, float)) or not 0 <= sparsity < 1:
         raise ValueError(f"sparsity must be a number in [0, 1), got {sparsity!r}; 0.6 removes 60% of the weights.")
-    return float(sparsity)
+    if fixed is not None and not math.isclose(sparsity, fixed):
+        raise ValueError(f"Pattern {pattern} fixes sparsity at {fixed:g}, got {sparsity}; leave sparsity out.")
+    return float(sparsity) if fixed is None else fixed
 
 
 def tensor_digest(weight: Tensor) -> str:

@@ -48,12 +48,14 @@ class Pattern:
         """
         if isinstance(text, Pattern):
             return text
-        text = text.strip()
-        if text == "unstructured":
+        written = str(text).strip()
+        if written == "unstructured":
             return cls()
-        match = re.fullmatch(r"(\d+):(\d+)", text)
+        match = re.fullmatch(r"(\d+):(\d+)", written)
         if match is None:
-            raise ValueError(f"Unknown pattern '{text}'; use 'unstructured' or 'n:m' (n kept of every m), as in '2:4'.")
+            raise ValueError(
+                f"Unknown pattern '{written}'; use 'unstructured' or 'n:m' (n kept of every m), as in '2:4'."
+            )
         return cls(int(match[1]), int(match[2]))
 
     @property

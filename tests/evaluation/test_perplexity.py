@@ -52,7 +52,7 @@ class Uniform(nn.Module):
 
     def forward(self, input_ids: torch.Tensor) -> SimpleNamespace:
         shape = (*input_ids.shape, self.vocabulary)
-        return SimpleNamespace(logits=torch.full(shape, self.value) * self.scale)
+        return SimpleNamespace(logits=torch.full(shape, self.value, dtype=self.scale.dtype) * self.scale)
 
 
 @pytest.mark.parametrize("name", CAUSAL)

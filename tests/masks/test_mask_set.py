@@ -202,6 +202,11 @@ def test_a_changed_file_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (lambda header: header["tensors"]["a.weight"].update(input_dim=7), "is damaged"),
+        (lambda header: header["tensors"]["a.weight"].update(input_dim="x"), "is damaged"),
+        (lambda header: header["tensors"]["a.weight"].update(shape=[500, 7]), "is damaged"),
+        (lambda header: header["tensors"]["a.weight"].update(shape=["a", 7]), "is damaged"),
+        (lambda header: header["tensors"]["a.weight"].update(pattern="9:4"), "is damaged"),
         (lambda header: header.update(format_version=2), "has format 2, this version reads 1; upgrade"),
         (
             lambda header: header["tensors"].pop("a.weight"),
@@ -347,6 +352,11 @@ def test_from_scores_counts(scope: str) -> None:
 def test_bad_sparsity_is_refused(sparsity: object) -> None:
     with pytest.raises(ValueError, match=r"sparsity"):
         MaskSet.from_scores({"a": torch.rand(4, 4)}, sparsity=sparsity)  # type: ignore[arg-type]
+
+
+def test_no_scores_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"at least one tensor"):
+        MaskSet.from_scores({}, sparsity=0.5, scope="global")
 
 
 def test_contradicting_sparsity_is_refused() -> None:

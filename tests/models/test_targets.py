@@ -119,6 +119,37 @@ class _SeparateExperts(nn.Module):
         return nn.ModuleList([nn.Sequential(nn.Linear(8, 8)) for _ in range(3)])
 
 
+class _Tied(nn.Module):
+    """Inside its blocks, a weight shared with the embedding and one shared between two modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(8, 8)
+        self.layers = nn.ModuleList([nn.ModuleDict({k: nn.Linear(8, 8) for k in ("own", "head", "again")})])
+        self.layers[0]["head"].weight = self.embedding.weight  # type: ignore[index]
+        self.layers[0]["again"].weight = self.layers[0]["own"].weight  # type: ignore[index]
+
+
+def test_weights_tied_to_an_embedding_are_left_alone_and_shared_ones_are_listed_once() -> None:
+    assert [t.module for t in find_targets(_Tied())] == ["layers.0.own"]
+
+
+class _StackedExperts(nn.Module):
+    """Fused experts that do not say which way round their weights are."""
+
+    def __init__(self, transposed: bool) -> None:
+        super().__init__()
+        shapes = [(4, 8, 24), (4, 12, 8)] if transposed else [(4, 24, 8), (4, 8, 12)]
+        self.gate_up_proj, self.down_proj = (nn.Parameter(torch.randn(*shape)) for shape in shapes)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_hidden_size_tells_the_orientation_of_experts_that_do_not(transposed: bool) -> None:
+    block = nn.ModuleDict({"experts": _StackedExperts(transposed)})
+    targets = find_targets(nn.ModuleDict({"layers": nn.ModuleList([block])}))
+    assert [t.in_features for t in targets] == [8, 12]
+
+
 def test_router_beside_separate_experts_is_left_alone() -> None:
     assert [t.module for t in find_targets(_SeparateExperts())] == [f"layers.0.experts.{e}.0" for e in range(3)]
 
