@@ -52,8 +52,7 @@ def global_magnitude(weights: Mapping[str, Tensor], sparsity: float, *, min_keep
         ValueError: invalid sparsity or min_keep, NaN/Inf weights, or floors that leave too few weights to remove.
     """
     share = _check_request(weights, sparsity)
-    if not 0 <= min_keep < 1:
-        raise ValueError(f"min_keep must lie in [0, 1), got {min_keep}; 0.0005 keeps 0.05% of all weights per tensor.")
+    check_min_keep(min_keep)
     counts: dict[str, int] = {}
     histogram = torch.zeros(1 << 16, dtype=torch.int64)
     for name in sorted(weights):
@@ -92,6 +91,18 @@ def erk(shapes: Mapping[str, Sequence[int]], sparsity: float) -> dict[str, int]:
     kept_total = sum(counts.values()) - round(share * sum(counts.values()))
     kept = _proportional(relative, counts, counts, kept_total)
     return {name: counts[name] - kept[name] for name in shapes}
+
+
+def check_min_keep(min_keep: float) -> None:
+    """Check the floor of `global_magnitude`.
+
+    Raises:
+        ValueError: if it is outside [0, 1).
+    """
+    if not 0 <= min_keep < 1:
+        raise ValueError(
+            f"min_keep is {min_keep} but must lie in [0, 1); 0.0005 keeps 0.05% of all weights per tensor."
+        )
 
 
 def _check_request(tensors: Mapping[str, object], sparsity: float) -> float:

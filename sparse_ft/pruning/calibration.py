@@ -87,6 +87,8 @@ def _as_batch(given: Any) -> Batch:
             f"A calibration batch is {type(given).__name__}; pass token ids (B, T), or a dictionary with input_ids."
         )
     ids = batch.get("input_ids")
+    if isinstance(ids, (list, tuple)):
+        raise ValueError('A calibration batch has a list as input_ids; tokenise with return_tensors="pt".')
     if isinstance(ids, Tensor) and ids.ndim == 1:
         batch = {k: v[None] if isinstance(v, Tensor) and v.shape == ids.shape else v for k, v in batch.items()}
     return batch

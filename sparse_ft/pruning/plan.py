@@ -17,8 +17,8 @@ from torch import Tensor
 
 from sparse_ft.masks import Pattern
 from sparse_ft.models import Target
-from sparse_ft.pruning.allocation import erk, global_magnitude, uniform
-from sparse_ft.pruning.validation import check_weight, resolve_pattern
+from sparse_ft.pruning.allocation import check_min_keep, erk, global_magnitude, uniform
+from sparse_ft.pruning.validation import check_block_size, check_damping, check_weight, resolve_pattern
 
 ALLOCATIONS = ("uniform", "global", "erk")
 INDIVISIBLE = ("error", "skip", "dense_tail")
@@ -127,12 +127,9 @@ def check_settings(
         raise ValueError(f"method '{method}' cannot use allocation '{allocation}'; use one of {', '.join(allowed)}.")
     if parsed.is_structured and allocation != "uniform":
         raise ValueError(f"pattern '{parsed}' fixes every tensor's sparsity; leave out allocation='{allocation}'.")
-    if block_size < 1 or (parsed.m is not None and block_size % parsed.m):
-        raise ValueError(f"block_size is {block_size}; it must be positive and a multiple of m of pattern '{parsed}'.")
-    if not 0 < damping < float("inf"):
-        raise ValueError(f"damping is {damping}; it must be positive, as in 0.01.")
-    if not 0 <= min_keep < 1:
-        raise ValueError(f"min_keep is {min_keep}; it is the least share kept per tensor and must lie in [0, 1).")
+    check_block_size(block_size)
+    check_damping(damping)
+    check_min_keep(min_keep)
     names = (exclude,) if isinstance(exclude, str) else tuple(exclude)
     return Settings(
         method, parsed, share, allocation, names, indivisible, seed, update_weights, block_size, damping, min_keep,

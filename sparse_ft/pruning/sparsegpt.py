@@ -31,10 +31,16 @@ from torch import Tensor
 from sparse_ft.masks import Pattern, keep_largest
 from sparse_ft.masks.selection import keep_largest_of_group
 from sparse_ft.pruning.precision import full_precision
-from sparse_ft.pruning.validation import check_matrix, check_statistic, resolve_pattern
+from sparse_ft.pruning.validation import (
+    MAX_DAMPING,
+    check_block_size,
+    check_damping,
+    check_matrix,
+    check_statistic,
+    resolve_pattern,
+)
 
 _LEAF = 8  # columns handled one after the other before the rest of the block is updated by a matrix product
-_MAX_DAMPING = 1e3  # H + 1000 mean(diag H) I has condition number < 1 + d/1000: if this fails, H is no Hessian
 
 
 @dataclass(frozen=True)
@@ -80,15 +86,14 @@ def factorize(hessian: Tensor, *, damping: float = 0.01) -> InverseFactor:
     """
     if hessian.dim() != 2 or hessian.shape[0] != hessian.shape[1]:
         raise ValueError(f"The Hessian must be square (d, d), got shape {tuple(hessian.shape)}; use Hessian.matrix().")
-    if not 0 <= damping <= _MAX_DAMPING:
-        raise ValueError(f"damping must lie in [0, {_MAX_DAMPING:g}], got {damping}; 0.01 is the usual value.")
+    check_damping(damping)
     check_statistic(hessian, "Hessian")
     dead = hessian.diagonal() == 0
     # Reversed in both axes, H = L L^T with L lower triangular gives H^-1 = U^T U with U = reversed(L^-1): one
     # factorisation and one triangular inverse, where inverting H and factorising the inverse costs two and an inverse.
     reverse = hessian.float().flip(0, 1)
     diagonal = torch.where(dead, 1.0, hessian.diagonal().float()).flip(0)
-    while damping <= _MAX_DAMPING:
+    while damping <= MAX_DAMPING:
         reverse.diagonal().copy_(diagonal + damping * diagonal.mean())
         lower, failure = torch.linalg.cholesky_ex(reverse)
         if not bool(failure):
@@ -132,8 +137,8 @@ def sparsegpt(
         pattern: `"unstructured"` or `"n:m"` (n kept of m). With n:m a tail of d % m columns is kept, but updated.
         sparsity: share removed. Exactly round(sparsity * o * d) entries of the tensor go; the columns up to the end
             of each block hold round(sparsity * o * columns) of them.
-        block_size: columns whose unstructured mask is chosen together; a multiple of m for n:m, where it changes
-            nothing but speed.
+        block_size: columns whose unstructured mask is chosen together. For n:m it changes nothing but speed, and is
+            rounded up to a multiple of m.
         damping: passed to `factorize` when `hessian` is a tensor, otherwise unused.
         update: with False the mask is the one that the run WITH updates chooses (column by column from the updated
             weights), but the kept weights returned are the original ones, bit for bit, and `loss` is theirs.
@@ -143,7 +148,9 @@ def sparsegpt(
             Hessian that is all zero (no token reached the layer: use magnitude).
     """
     parsed, share = resolve_pattern(pattern, sparsity)
-    _check_block_size(block_size, parsed)
+    check_block_size(block_size)
+    if parsed.m is not None:  # a block must not cut a group
+        block_size = -(-block_size // parsed.m) * parsed.m
     factor = hessian if isinstance(hessian, InverseFactor) else factorize(hessian, damping=damping)
     check_matrix(weight, factor.upper, "Hessian")
     # Inputs first, so that a column of the paper is contiguous. Never a view: a Conv1D weight is stored like this.
@@ -211,13 +218,3 @@ def _solve_leaf(columns: Tensor, mask: Tensor, errors: Tensor, upper: Tensor, pa
     for j in range(width):
         torch.mul(columns[j], removal[j], out=errors[j])
         columns[j + 1 :].addr_(upper[j, j + 1 :], errors[j], alpha=-1)
-
-
-def _check_block_size(block_size: int, pattern: Pattern) -> None:
-    if block_size < 1:
-        raise ValueError(f"block_size must be at least 1, got {block_size}; 128 is the usual value.")
-    if pattern.m is not None and block_size % pattern.m:
-        raise ValueError(
-            f"block_size {block_size} is not a multiple of {pattern.m}, so blocks would cut the groups of pattern "
-            f"'{pattern}'; use {-(-block_size // pattern.m) * pattern.m}."
-        )

@@ -1,4 +1,4 @@
-"""Checks that every pruning method makes before it starts: pattern, sparsity, and finite weights and statistics.
+"""Checks that pruning makes before it starts: pattern, sparsity, options, and finite weights and statistics.
 
 Example:
     >>> pattern, sparsity = resolve_pattern("2:4")
@@ -13,6 +13,9 @@ from torch import Tensor
 
 from sparse_ft.masks import Pattern, check_sparsity
 
+#: H + 1000 mean(diag H) I has condition number < 1 + d/1000: if factorising this fails, H is no Hessian.
+MAX_DAMPING = 1e3
+
 
 def resolve_pattern(pattern: str | Pattern, sparsity: float | None = None) -> tuple[Pattern, float]:
     """Parse `pattern` (n:m: n KEPT of m) and settle the share of weights it removes.
@@ -26,6 +29,26 @@ def resolve_pattern(pattern: str | Pattern, sparsity: float | None = None) -> tu
     """
     parsed = Pattern.parse(pattern)
     return parsed, check_sparsity(parsed, sparsity)
+
+
+def check_block_size(block_size: int) -> None:
+    """Check SparseGPT's number of columns per slab.
+
+    Raises:
+        ValueError: if it is not positive.
+    """
+    if block_size < 1:
+        raise ValueError(f"block_size is {block_size} but must be at least 1; 128 is the usual value.")
+
+
+def check_damping(damping: float) -> None:
+    """Check SparseGPT's relative damping.
+
+    Raises:
+        ValueError: if it is not a number in [0, `MAX_DAMPING`].
+    """
+    if not isinstance(damping, (int, float)) or not 0 <= damping <= MAX_DAMPING:
+        raise ValueError(f"damping is {damping!r} but must lie in [0, {MAX_DAMPING:g}]; 0.01 is the usual value.")
 
 
 def check_weight(weight: Tensor, name: str = "weight") -> None:

@@ -172,6 +172,18 @@ def test_indivisible_tail_stays_dense(method: str) -> None:
     assert bool((mask[:, :32].reshape(32, 4, 8).sum(-1) == 2).all())
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("n", "m"), [(3, 5), (1, 3), (5, 7)])
+def test_any_n_of_m(method: str, n: int, m: int) -> None:
+    model = TINY["llama"]()
+    masks = prune(
+        model, pattern=f"{n}:{m}", method=method, indivisible="dense_tail", calibration=batches(model), progress=False
+    )
+    for mask in masks.values():
+        whole = mask.shape[1] // m * m
+        assert bool(mask[:, whole:].all()) and bool((mask[:, :whole].reshape(-1, m).sum(-1) == n).all())
+
+
 def test_indivisible_can_be_skipped() -> None:
     model = odd_model()
     with pytest.warns(UserWarning, match="down_proj"):
@@ -200,8 +212,12 @@ BAD = {
     "sparsity against n:m": (dict(pattern="2:4", sparsity=0.7), r"0\.7"),
     "global Wanda": (dict(method="wanda", sparsity=0.5, allocation="global"), "wanda.*global.*uniform"),
     "n:m with ERK": (dict(pattern="2:4", allocation="erk"), "2:4.*erk"),
-    "block size": (dict(pattern="2:4", method="sparsegpt", block_size=6), "block_size is 6"),
+    "pattern is a number": (dict(pattern=0.5), r"Unknown pattern '0\.5'"),
+    "sparsity is text, n:m": (dict(pattern="2:4", sparsity="half"), "half"),
+    "block size": (dict(pattern="2:4", method="sparsegpt", block_size=0), "block_size is 0"),
     "damping": (dict(sparsity=0.5, damping=-1.0), r"damping is -1\.0"),
+    "huge damping": (dict(sparsity=0.5, damping=2000.0), r"damping is 2000\.0 but must lie in \[0, 1000\]"),
+    "damping is text": (dict(sparsity=0.5, damping="much"), "damping is 'much'"),
     "min_keep": (dict(sparsity=0.5, min_keep=1.5), r"min_keep is 1\.5"),
     "infeasible floor": (dict(sparsity=0.99, allocation="global", min_keep=0.05), "min_keep"),
     "unmatched exclude": (dict(sparsity=0.5, exclude=["qproj"]), "qproj"),
@@ -214,6 +230,7 @@ BAD = {
     "too long": (
         dict(sparsity=0.5, method="wanda", calibration=[torch.ones(1, 65, dtype=torch.long)]), "65.*64 positions",
     ),
+    "lists of tokens": (dict(sparsity=0.5, method="wanda", calibration=[{"input_ids": [[1, 2]]}]), "return_tensors"),
     "strange batch": (dict(sparsity=0.5, method="wanda", calibration=[3]), "batch is int"),
 }  # fmt: skip
 
