@@ -46,6 +46,15 @@ def test_batching_and_length_defaults(corpus: Path) -> None:
     assert calibration_batches(corpus, unlimited, samples=1)[0]["input_ids"].shape == (1, 2048)
 
 
+def test_only_the_beginning_of_a_large_corpus_is_read(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sparse_ft.data.calibration.MAX_CHARACTERS", 400)
+    text = (corpus / "train.txt").read_text()
+    batches = calibration_batches(corpus, byte_level(), samples=20, sequence_length=8)
+    beginning = tokenize(text[: text.rfind("\n", 0, 400) + 1], byte_level())
+    expected = random_windows(beginning, count=20, length=8, seed=0)
+    assert torch.equal(torch.cat([batch["input_ids"] for batch in batches]), expected)
+
+
 def test_own_batches_are_used_as_they_are() -> None:
     ids, padded = torch.arange(6).view(2, 3), torch.tensor([[1, 1, 0], [1, 1, 1]])
     given = [ids, {"input_ids": ids, "attention_mask": padded, "decoder_input_ids": ids + 1}]

@@ -387,3 +387,39 @@ def test_a_config_without_a_limit_of_positions_takes_any_length() -> None:
     model = TINY["llama"]()
     model.config.max_position_embeddings = -1  # what XLNet's says
     assert prepare_calibration(model, [torch.ones(1, 65, dtype=torch.long)], "wanda")[0]["input_ids"].shape == (1, 65)
+
+
+class InPlaceAndAgain(nn.Module):
+    """One block that writes into what it gave to a linear before giving it to the next, and uses one linear twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList([nn.ModuleDict({name: nn.Linear(4, 4) for name in ("first", "second")})])
+        self.layers[0].forward = self._block
+
+    def _block(self, x: Tensor) -> Tensor:
+        first, second = self.layers[0].values()  # type: ignore[operator]
+        y = first(x)
+        x.mul_(3)
+        return second(second(x)) + y
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers[0](x.clone())
+
+
+def test_inputs_changed_in_place_and_linears_used_twice_are_counted_as_they_were() -> None:
+    model = InPlaceAndAgain()
+    second = model.get_submodule("layers.0.second")
+    data = [{"x": torch.randn(20, 4)} for _ in range(3)]
+    observed = [(target, model.get_submodule(target.module)) for target in find_targets(model)]
+    with BlockReplay(model, find_blocks(model), data) as replay, BlockObserver(observed, SecondMoment) as observer:
+        replay.run(0, before_batch=observer.start_batch)
+    found = {group.matrices[0]: group.statistic for group in observer.groups}
+    x = torch.cat([batch["x"] for batch in data])
+    twice = torch.cat([3 * x, second(3 * x).detach()])
+    assert set(found) == {"layers.0.first.weight", "layers.0.second.weight"}
+    for name, rows in (("first", x), ("second", twice)):
+        statistic = found[f"layers.0.{name}.weight"]
+        assert statistic is not None and statistic.tokens == len(rows)
+        torch.testing.assert_close(statistic.second_moment(), rows.square().mean(0))

@@ -114,6 +114,18 @@ def test_stored_in_another_dtype_than_the_model_runs_in(tmp_path: Path) -> None:
             assert same_bits(tensor, before[key])
 
 
+def test_weights_that_transformers_keeps_in_fp32_are_calibrated_in_fp32_and_stored_as_they_were(tmp_path: Path) -> None:
+    """T5's `wo` is loaded in fp32 whatever the checkpoint's dtype."""
+    source = save(TINY["t5"]().to(torch.float16), tmp_path / "source")
+    arguments = dict(sparsity=0.5, method="sparsegpt", calibration=batches(), progress=False)
+    masks = prune_checkpoint(source, tmp_path / "out", **arguments)
+    model = load_model(source)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float16, torch.float32}
+    assert masks == prune(model, **arguments)
+    after = stored(tmp_path / "out")
+    assert all(same_bits(after[name], model.get_parameter(name).detach().half()) for name in masks)
+
+
 def test_tensors_the_model_does_not_know_are_copied(tmp_path: Path) -> None:
     source = save(TINY["llama"](), tmp_path / "source", shard="1GB")
     extra = torch.arange(5.0)
