@@ -328,13 +328,25 @@ def _is_locked(path: str | Path) -> bool:
 
 
 def _flush_tree(directory: Path) -> None:
-    """Force every file and directory below, and the directory itself, to disk."""
+    """Force every file and directory below, and the directory itself, to disk, readable as any new file is.
+
+    safetensors writes files that only their owner can read.
+    """
+    mode = 0o666 & ~_umask()
     for parent, _, files in os.walk(directory):
         for name in files:
             path = Path(parent, name)
             if not path.is_symlink():
+                path.chmod(path.stat().st_mode | mode)
                 _flush(path)
         _flush(Path(parent))
+
+
+def _umask() -> int:
+    """The process's umask, which can only be read by setting it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 def _flush(path: Path) -> None:

@@ -113,6 +113,7 @@ def report_data(
         mask_sample=mask_sample(masks),
         arguments=outcome.arguments,
         versions=versions(),
+        steps=record.history,
         digests={"masks": record.masks_digest, "weights": record.weights_digest},
     )
 

@@ -64,6 +64,7 @@ def refresh_report(directory: Path, masks: MaskSet, record: Record) -> tuple[Pat
         mask_sample=mask_sample(masks),
         arguments=record.arguments,
         versions=record.versions,
+        steps=record.history,
         digests={"masks": record.masks_digest, "weights": record.weights_digest},
     )
     return write_report(directory, data), rows

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints.files import tree
+from safetensors.torch import save_file
 
 from sparse_ft.checkpoints import atomic_directory, atomic_write, check_output_dir, directories, recover_directory
 
@@ -70,6 +71,17 @@ def test_the_directory_appears_whole_and_only_at_the_end(tmp_path: Path) -> None
     assert tree(target) == {"sub/x": b"x"}
     assert os.listdir(target.parent) == ["out"]
     assert (target.stat().st_mode & 0o777) == (target.parent.stat().st_mode & 0o777)
+
+
+def test_files_are_as_readable_as_any_new_file(tmp_path: Path) -> None:
+    """safetensors makes its files private to their owner; a published checkpoint is not."""
+    (tmp_path / "ordinary").write_text("x")
+    with atomic_directory(tmp_path / "out") as directory:
+        save_file({"a": torch.zeros(2)}, directory / "model.safetensors")
+        (directory / "run.sh").write_text("x")
+        (directory / "run.sh").chmod(0o755)
+    assert (tmp_path / "out/model.safetensors").stat().st_mode == (tmp_path / "ordinary").stat().st_mode
+    assert (tmp_path / "out/run.sh").stat().st_mode & 0o111 == 0o111
 
 
 def test_replacing_leaves_nothing_of_the_old(tmp_path: Path) -> None:

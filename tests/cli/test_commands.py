@@ -138,6 +138,7 @@ def test_retraining(method: str, pruned: Path, text: Path, tmp_path: Path, comma
     assert values[2] < values[1], "four steps at this rate lower the perplexity"
     assert [step["command"] for step in record["history"]] == ["prune"]
     report = json.loads((target / "report.json").read_text())
+    assert [step["command"] for step in report["steps"]] == ["prune"]
     losses = [entry["loss"] for entry in report["history"][method] if "loss" in entry]
     assert len(losses) == 4
     assert "retrain" in report["command"] and "--max_steps 4" in report["command"]
