@@ -22,7 +22,7 @@ demo: $(STAMP)
 	$(BIN)/sparse-ft demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow and not distributed and not gpu"
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow and not distributed and not gpu"
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
