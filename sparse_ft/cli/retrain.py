@@ -9,7 +9,10 @@ until the result is whole; a killed run goes on with `--resume_from_checkpoint t
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +24,12 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
     default_data_collator,
     set_seed,
 )
+from transformers.integrations import get_reporting_integration_callbacks
 
 from sparse_ft.adapters import MaskLoraConfig
 from sparse_ft.checkpoints import (
@@ -56,6 +61,7 @@ from sparse_ft.training import MaskCallback
 __all__ = ["METHODS", "Job", "Method", "run"]
 
 GROUPS = (ModelArguments, TextArguments, RetrainArguments, EvaluationArguments, TrainingArguments)
+TENSORBOARD = "runs"  # where transformers' TensorBoard callback writes, below the directory of the run
 
 
 @dataclass(frozen=True)
@@ -94,6 +100,7 @@ class Job:
     how: RetrainArguments
     evaluation: EvaluationArguments
     training: TrainingArguments
+    reporters: list[TrainerCallback]
     settings: Mapping[str, Any]
     output_dir: Path
     source: Path
@@ -142,10 +149,19 @@ def _check(names: ModelArguments, text: TextArguments, how: RetrainArguments, tr
     if how.save_adapter is not None:
         if not method.has_adapter:
             raise ValueError(f"Method {how.method!r} has no adapter to save; leave out --save_adapter.")
-        check_output_dir(how.save_adapter, inputs=[*inputs, output_dir], overwrite=how.overwrite)
+        _check_apart(output_dir, Path(how.save_adapter))
+        check_output_dir(how.save_adapter, inputs=inputs, overwrite=how.overwrite)
     if text.dataset is None:
         raise ValueError("No text to train on was given; name one with --dataset.")
     return output_dir
+
+
+def _check_apart(output_dir: Path, adapter: Path) -> None:
+    """Refuse an adapter inside the result or the run, or either of them inside the adapter."""
+    for other in (output_dir, run_dir_of(output_dir)):
+        one, two = Path(os.path.realpath(other)), Path(os.path.realpath(adapter))
+        if one == two or one in two.parents or two in one.parents:
+            raise ValueError(f"--save_adapter '{adapter}' and '{other}' are not two places; give one beside the other.")
 
 
 def _read_job(groups: Sequence[Any], output_dir: Path, source: Path) -> Job:
@@ -164,6 +180,7 @@ def _read_job(groups: Sequence[Any], output_dir: Path, source: Path) -> Job:
         how=how,
         evaluation=evaluation,
         training=training,
+        reporters=_take_reporters(training),
         settings=plain_arguments(names, text, how, evaluation),
         output_dir=output_dir,
         source=source,
@@ -180,6 +197,13 @@ def _read_job(groups: Sequence[Any], output_dir: Path, source: Path) -> Job:
         ),
         sparse=load_sparse_model(source),
     )
+
+
+def _take_reporters(training: TrainingArguments) -> list[TrainerCallback]:
+    """What `--report_to` names. The Trainer would call it before MaskCallback has added the sparsity to a log."""
+    reporters = [kind() for kind in get_reporting_integration_callbacks(training.report_to)]
+    training.report_to = []
+    return reporters
 
 
 def _retrain(job: Job, argv: Sequence[str]) -> int:
@@ -232,7 +256,7 @@ def _train(job: Job, checkpoint: str | None) -> tuple[nn.Module, dict[str, list[
         eval_dataset=_blocks(job) if evaluated else None,
         processing_class=job.tokenizer,
         data_collator=default_data_collator,
-        callbacks=[MaskCallback(masks)],
+        callbacks=[MaskCallback(masks), *job.reporters],
     )
     trainer.train(resume_from_checkpoint=checkpoint)
     return trainer.model, {how.method: trainer.state.log_history}
@@ -246,33 +270,36 @@ def _blocks(job: Job) -> list[dict[str, Any]]:
 
 
 def _finish(job: Job, trained: nn.Module, outcome: Outcome) -> None:
-    """Merge, evaluate, verify and write."""
-    if job.how.save_adapter is not None:
-        _save_adapter(job, trained, outcome)
-    model = job.method.finish(trained).to(job.sparse.dtype).eval()
-    outcome.evaluations = [*outcome.evaluations, *job.measure(model, "retrained", "retrained")]
-    with atomic_directory(job.output_dir, overwrite=job.how.overwrite) as directory:
+    """Merge, evaluate, verify and write: result and adapter appear together, or neither does."""
+    how, run_dir = job.how, Path(str(job.training.output_dir))
+    with ExitStack() as stack:
+        directory = stack.enter_context(atomic_directory(job.output_dir, overwrite=how.overwrite))
+        if how.save_adapter is not None:
+            adapter = stack.enter_context(atomic_directory(how.save_adapter, overwrite=how.overwrite))
+            _write_adapter(job, trained, outcome, adapter)
+        model = job.method.finish(trained).to(job.sparse.dtype).eval()
+        outcome.evaluations = [*outcome.evaluations, *job.measure(model, "retrained", "retrained")]
         model.save_pretrained(directory)
         for name in ("config.json", "generation_config.json"):
             (directory / name).unlink(missing_ok=True)  # the Trainer switched the cache off in them
         copy_side_files(job.source, directory)
+        if (run_dir / TENSORBOARD).is_dir():
+            shutil.copytree(run_dir / TENSORBOARD, directory / TENSORBOARD)
         publish(directory, job.sparse.masks, outcome)
 
 
-def _save_adapter(job: Job, trained: Any, outcome: Outcome) -> None:
+def _write_adapter(job: Job, trained: Any, outcome: Outcome, directory: Path) -> None:
     """Write the adapter by itself: PEFT's directory and our two sidecars, bound to the weights it was trained on."""
-    assert job.how.save_adapter is not None
     local = Path(job.names.model_name_or_path).is_dir()
     base = str(job.source.resolve()) if local else job.names.model_name_or_path
     trained.peft_config[trained.active_adapter].base_model_name_or_path = base
     masks = job.sparse.masks
-    with atomic_directory(job.how.save_adapter, overwrite=job.how.overwrite) as directory:
-        trained.save_pretrained(directory)
-        record = make_record(
-            masks,
-            written_weights(job.source, masks),
-            command=outcome.verb,
-            arguments=outcome.arguments,
-            previous=outcome.previous,
-        )
-        write_sidecars(directory, masks, record)
+    trained.save_pretrained(directory)
+    record = make_record(
+        masks,
+        written_weights(job.source, masks),
+        command=outcome.verb,
+        arguments=outcome.arguments,
+        previous=outcome.previous,
+    )
+    write_sidecars(directory, masks, record)

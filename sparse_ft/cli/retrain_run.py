@@ -28,8 +28,10 @@ _YES, _NO = ("true", "yes", "1"), ("false", "no", "0", "none")
 # Whatever changes the weights a run ends with: of TrainingArguments, and of our own options.
 _DECISIVE = (
     "seed", "data_seed", "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps",
-    "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
-    "max_grad_norm", "optim", "bf16", "fp16", "label_smoothing_factor",
+    "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay", "adam_beta1",
+    "adam_beta2", "adam_epsilon", "max_grad_norm", "optim", "optim_args", "optim_target_modules", "bf16", "fp16",
+    "label_smoothing_factor", "neftune_noise_alpha", "train_sampling_strategy", "dataloader_drop_last",
+    "load_best_model_at_end",
 )  # fmt: skip
 _OURS = ("method", "r", "lora_alpha", "dtype", "dataset", "dataset_config", "text_field", "train_split")
 

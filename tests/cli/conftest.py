@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,6 +34,15 @@ def pruned(tmp_path_factory: pytest.TempPathFactory, dense: Path, text: Path) ->
     words = ["prune", "--model_name_or_path", str(dense), "--pattern", "2:4", "--output_dir", str(target)]
     assert main([*words, "--dataset", str(text), "--sequence_length", "32"]) == 0
     return target
+
+
+@pytest.fixture
+def place(tmp_path: Path, dense: Path, pruned: Path, text: Path) -> Path:
+    """A directory with its own `dense`, `sparse` and `text` to spoil."""
+    shutil.copytree(dense, tmp_path / "dense")
+    shutil.copytree(pruned, tmp_path / "sparse")
+    shutil.copytree(text, tmp_path / "text")
+    return tmp_path
 
 
 @pytest.fixture
