@@ -28,7 +28,7 @@ from sparse_ft.cli.publishing import command_line, plain_arguments
 from sparse_ft.cli.refreshing import add_evaluation, is_sparse_checkpoint
 from sparse_ft.data import tokenize
 from sparse_ft.evaluation import REPORT_HTML, PerplexityResult, ReportData, perplexity, write_report
-from sparse_ft.models import load_tokenizer
+from sparse_ft.models import load_config, load_tokenizer
 
 __all__ = ["run"]
 
@@ -69,14 +69,16 @@ def run(argv: Sequence[str]) -> int:
 
 def _measure(subject: Subject, text: TextArguments, how: EvalArguments, device: torch.device) -> PerplexityResult:
     assert text.dataset is not None
+    config = load_config(subject.base, trust_remote_code=how.trust_remote_code)
     tokenizer = _tokenizer_of(subject)
+    length = choose_length(text.sequence_length, config, tokenizer)
     found, split = find_split(text.dataset, how.split, config=text.dataset_config, text_field=text.text_field)
     ids = tokenize(found, tokenizer)
     model = load_subject(subject, choose_dtype(how.dtype), device, how.trust_remote_code)
     return perplexity(
         model,
         ids,
-        sequence_length=choose_length(text.sequence_length, model.config, tokenizer),
+        sequence_length=length,
         stride=how.stride,
         max_windows=how.max_windows,
         batch_size=how.batch_size,

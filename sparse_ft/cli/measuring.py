@@ -16,6 +16,7 @@ from sparse_ft.cli.opening import is_causal
 from sparse_ft.data import load_text, tokenize
 from sparse_ft.evaluation import perplexity
 from sparse_ft.models import load_model
+from sparse_ft.pruning.validation import is_finite
 
 __all__ = [
     "EvalText",
@@ -45,11 +46,16 @@ def load_checked(directory: Path, **options: Any) -> PreTrainedModel:
     """`load_model`, after a reader has refused damaged or unsafe weight files by name.
 
     Raises:
-        ValueError: if a file is damaged, or the checkpoint is not a whole model.
+        ValueError: if a file is damaged, the checkpoint is not a whole model, or a weight is NaN or infinite.
         FileNotFoundError: if a file is missing.
     """
     CheckpointReader(directory)
-    return load_model(directory, **options)
+    model = load_model(directory, **options)
+    for name, weight in model.named_parameters():
+        comparable = weight.is_floating_point() and weight.element_size() > 1 and weight.numel() > 0
+        if comparable and not is_finite(weight):
+            raise ValueError(f"'{name}' in '{directory}' contains NaN or infinite weights; repair the checkpoint.")
+    return model
 
 
 def choose_device(name: str | None) -> torch.device:

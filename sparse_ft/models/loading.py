@@ -73,12 +73,18 @@ def load_model(
             name_or_path,
             dtype=dtype,
             use_safetensors=True,
+            ignore_mismatched_sizes=True,  # raised below, with the tensor's name and both shapes
             output_loading_info=True,
             trust_remote_code=trust_remote_code,
         )
     except (OSError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"Cannot load the weights of '{name_or_path}': {reason}") from error
+    for name, stored, wanted in sorted(info["mismatched_keys"]):
+        raise ValueError(
+            f"'{name}' in '{name_or_path}' has shape {tuple(stored)} but its config wants {tuple(wanted)}; config.json "
+            f"and weights are of two models, copy both again."
+        )
     missing = sorted(info["missing_keys"])
     if missing:
         raise ValueError(
