@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 
 import pytest
@@ -127,6 +128,11 @@ def test_weight_gradient_at_pruned_positions_has_no_influence(fan_in_fan_out: bo
     assert torch.equal(found["lora_B"], again["lora_B"])
 
 
+def tensors_of_shape(shape: torch.Size) -> int:
+    gc.collect()
+    return sum(type(thing) is Tensor and thing.shape == shape for thing in gc.get_objects())
+
+
 @LAYOUTS
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
 def test_nothing_of_the_weights_size_is_kept_but_the_weight(fan_in_fan_out: bool, weight_dtype: torch.dtype) -> None:
@@ -145,6 +151,12 @@ def test_nothing_of_the_weights_size_is_kept_but_the_weight(fan_in_fan_out: bool
     large = [t for t in saved if t.numel() >= OUT * IN and t.is_floating_point() and t.shape != p["x"].shape]
     assert [t.data_ptr() for t in large] == [weight.data_ptr()]
     assert any(t.dtype == torch.int8 and t.numel() == OUT * IN for t in saved)  # the mask, one byte per weight
+    # nor is it kept elsewhere: of this shape there are W, its mask and the mask's bits, with and without an output
+    p["x"] = p["x"].detach()[:, :4].requires_grad_()  # 8 rows: no activation has the shape of W
+    before = tensors_of_shape(weight.shape)
+    output = run(p, fan_in_fan_out)
+    assert output.requires_grad
+    assert tensors_of_shape(weight.shape) <= before + 1, "only the bits of the mask may be new"
 
 
 def test_frozen_inputs_get_no_gradient() -> None:
