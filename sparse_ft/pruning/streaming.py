@@ -7,7 +7,9 @@ model is built without weights, and each block's are put in while it is pruned. 
 
 from __future__ import annotations
 
+import ctypes
 import logging
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -154,6 +156,7 @@ class _Streaming:
                 masks, _ = prune_matrices(targets, live, budgets, [], self._method, self._settings)
                 self._masks.update(masks)
                 self._write(targets, live, writer)
+                _return_free_memory()
                 bar.update(len(targets))
 
     def _prune_blocks(
@@ -168,7 +171,9 @@ class _Streaming:
             pieces = {self._weights.piece_of[target.name] for target in targets}
             tensors = {name: tensor for piece in pieces for name, tensor in live.tensors_of(piece).items()}
             self._write(targets, tensors, writer)
+            del tensors
             live.drop(block)
+            _return_free_memory()
 
         try:
             prune_block_by_block(
@@ -219,6 +224,14 @@ def _skeleton(directory: Path, reader: CheckpointReader, device: torch.device | 
             if buffer is not None:
                 module._buffers[name] = buffer.to(device)
     return model
+
+
+def _return_free_memory() -> None:
+    """Give freed memory back to the system: glibc keeps it in pieces that the next block's tensors do not all fit."""
+    if sys.platform.startswith("linux"):
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
 
 
 @contextmanager
