@@ -1,6 +1,6 @@
 """The demo's own model: a small Llama, trained once on the demo's text and kept in the user's cache.
 
-3.4 million parameters, about two minutes on two CPU cores. The cache is `$SPARSE_FT_CACHE`, else
+2.0 million parameters, about two minutes on two CPU cores. The cache is `$SPARSE_FT_CACHE`, else
 `$XDG_CACHE_HOME/sparse_ft`, else `~/.cache/sparse_ft`; its entries are named by a digest of the text and of everything
 below, so that a change of either trains anew.
 """
@@ -20,16 +20,16 @@ from sparse_ft.cli.demo_corpus import train_tokenizer, write_corpus
 
 __all__ = ["bf16_is_faster", "cache_root", "demo_corpus", "demo_model"]
 
-VOCABULARY = 2048
+VOCABULARY = 1024
 SIZES = {
-    "hidden_size": 256,
-    "intermediate_size": 640,
+    "hidden_size": 192,
+    "intermediate_size": 512,
     "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 3,
 }
 SEQUENCE_LENGTH = 128
-TRAINING = {"steps": 900, "batch_size": 12, "learning_rate": 3e-3, "weight_decay": 0.1, "seed": 0}
+TRAINING = {"steps": 1800, "batch_size": 8, "learning_rate": 3e-3, "weight_decay": 0.1, "seed": 0}
 
 
 def cache_root() -> Path:

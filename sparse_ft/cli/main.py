@@ -69,6 +69,10 @@ def _take_debug(words: list[str]) -> tuple[list[str], bool]:
 
 def _run(verb: str, rest: list[str]) -> int:
     """The verb's own exit code; `--help` leaves argparse through SystemExit."""
+    if "torch" not in sys.modules:
+        # Threads that spin while they wait cost a factor of twenty when another program shares the cores; threads that
+        # sleep cost next to nothing. OpenMP reads this once, when torch is loaded.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries, to their programmers
