@@ -27,6 +27,8 @@ __all__ = ["ConfigParser", "find_recipe", "read_recipe", "recipe_roots", "sugges
 T = TypeVar("T")
 
 _RECIPE_SUFFIXES = (".yaml", ".yml")
+# What the newest transformers that runs on Python 3.10 calls an option that recipes set.
+_OLDER_NAMES = {"activation_checkpointing": "gradient_checkpointing"}
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
@@ -152,6 +154,7 @@ class ConfigParser(TrlParser):
         known = self.options()
         tokens: list[str] = []
         for key, value in read_recipe(path).items():
+            key = key if key in known else _OLDER_NAMES.get(key, key)
             if key not in known:
                 raise ValueError(f"Unknown key {key!r} in recipe {str(path)!r}.{suggest(key, known)}")
             if value is None:

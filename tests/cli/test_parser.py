@@ -149,3 +149,13 @@ def test_a_file_of_the_user_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_suggestions() -> None:
     assert suggest("magnitud", ["magnitude", "wanda"]) == " Did you mean 'magnitude'?"
     assert suggest("xyz", ["magnitude", "wanda"]) == " Known: magnitude, wanda."
+
+
+def test_an_option_that_an_older_transformers_names_otherwise(tmp_path: Path) -> None:
+    @dataclass
+    class Older:
+        gradient_checkpointing: bool = False
+
+    text = "activation_checkpointing: true\n"
+    (options,) = ConfigParser([Older], prog="test", description="").parse(["--config", recipe(tmp_path / "r", text)])
+    assert options.gradient_checkpointing

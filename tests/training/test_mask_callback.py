@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import TINY
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from sparse_ft.masks import MaskSet, keep_bits, mask_
 from sparse_ft.models import named_weights
@@ -84,17 +84,16 @@ def integer_of(dtype: torch.dtype) -> torch.dtype:
 
 # -- zeros stay --------------------------------------------------------------------------------------------------------
 
+# transformers for Python 3.10 has the older name only
+CHECKPOINTING = next(n for n in ("activation_checkpointing", "gradient_checkpointing") if hasattr(TrainingArguments, n))
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "adamw": {},
     "accumulation": {"gradient_accumulation_steps": 4},
     "clipping": {"max_grad_norm": 1e-3},
     "no clipping": {"max_grad_norm": 0.0},
     "bf16 autocast": {"bf16": True},
-    "activation checkpointing": {"activation_checkpointing": True},
-    "checkpointing, reentrant": {
-        "activation_checkpointing": True,
-        "activation_checkpointing_kwargs": {"use_reentrant": True},
-    },
+    "activation checkpointing": {CHECKPOINTING: True},
+    "checkpointing, reentrant": {CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": True}},
     "sgd with momentum": {"optim": "sgd", "optim_args": "momentum=0.9", "learning_rate": 0.5},
     "adafactor": {"optim": "adafactor"},
     "rmsprop": {"optim": "rmsprop"},
