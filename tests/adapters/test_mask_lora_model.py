@@ -372,6 +372,13 @@ def test_copies_and_casts_keep_the_masks() -> None:
     masks.verify(twin.merge_and_unload())
 
 
+def test_masks_move_with_the_model() -> None:
+    model, masks = sparse_model()
+    moved = adapted(model, masks).to("meta")
+    keeps = [module.keep for module in moved.modules() if hasattr(module, "keep")]
+    assert len(keeps) == len(masks) and all(keep.is_meta and keep.dtype == torch.int8 for keep in keeps)
+
+
 def test_training_lowers_the_loss_and_merging_keeps_it() -> None:
     model, masks = sparse_model()
     peft_model = get_peft_model(model, MaskLoraConfig(r=8, masks=masks))

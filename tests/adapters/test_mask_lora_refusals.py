@@ -113,6 +113,13 @@ def test_masks_of_another_model() -> None:
     refused(MaskLoraConfig(masks=masks), wide, ValueError, r"has shape \(32, 32\) but the weight has \(64, 64\)")
 
 
+def test_masks_of_single_experts_for_a_stack() -> None:
+    model, masks = sparse_model("mixtral")
+    name = next(name for name in masks if len(masks.shape(name)) == 3)
+    flat = MaskSet({name: masks[name].flatten(0, 1)})
+    refused(MaskLoraConfig(masks=flat), model, ValueError, rf"Mask for '{name}' has shape \(\d+, \d+\) but the weight")
+
+
 def test_pruned_weight_that_is_not_zero() -> None:
     model, masks = sparse_model()
     with torch.no_grad():
