@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -46,6 +48,18 @@ def matrices_of(targets: Sequence[Target], weights: Mapping[str, Tensor]) -> dic
     }
 
 
+def return_free_memory() -> None:
+    """Give freed memory back to the system.
+
+    glibc keeps it in the pieces it was freed in, which tensors of other sizes do not fit: without this, memory creeps
+    up with every block.
+    """
+    if sys.platform.startswith("linux"):
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
+
+
 class PackedMasks(Mapping[str, Tensor]):
     """Masks collected tensor by tensor, held as one bit per weight."""
 
@@ -57,6 +71,7 @@ class PackedMasks(Mapping[str, Tensor]):
         self._packed.update({name: (pack_bits(mask).cpu(), mask.shape) for name, mask in masks.items()})
 
     def __getitem__(self, name: str) -> Tensor:
+        return_free_memory()
         return unpack_bits(*self._packed[name])
 
     def __iter__(self) -> Iterator[str]:

@@ -7,9 +7,7 @@ model is built without weights, and each block's are put in while it is pruned. 
 
 from __future__ import annotations
 
-import ctypes
 import logging
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +22,7 @@ from sparse_ft.masks import MaskSet, Pattern
 from sparse_ft.models import Target, find_blocks, find_targets, load_model, load_skeleton
 from sparse_ft.models.loading import load_config
 from sparse_ft.pruning.calibration import prepare_calibration
-from sparse_ft.pruning.matrices import PackedMasks, prune_matrices, split_matrices
+from sparse_ft.pruning.matrices import PackedMasks, prune_matrices, return_free_memory, split_matrices
 from sparse_ft.pruning.plan import (
     Budget,
     Method,
@@ -156,7 +154,7 @@ class _Streaming:
                 masks, _ = prune_matrices(targets, live, budgets, [], self._method, self._settings)
                 self._masks.update(masks)
                 self._write(targets, live, writer)
-                _return_free_memory()
+                return_free_memory()
                 bar.update(len(targets))
 
     def _prune_blocks(
@@ -173,7 +171,7 @@ class _Streaming:
             self._write(targets, tensors, writer)
             del tensors
             live.drop(block)
-            _return_free_memory()
+            return_free_memory()
 
         try:
             prune_block_by_block(
@@ -224,14 +222,6 @@ def _skeleton(directory: Path, reader: CheckpointReader, device: torch.device | 
             if buffer is not None:
                 module._buffers[name] = buffer.to(device)
     return model
-
-
-def _return_free_memory() -> None:
-    """Give freed memory back to the system: glibc keeps it in pieces that the next block's tensors do not all fit."""
-    if sys.platform.startswith("linux"):
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
 
 
 @contextmanager
