@@ -1,0 +1,85 @@
+"""`MaskCallback` at the edges of the Trainer's events: while a checkpoint is saved, after a failure, in the logs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import PreTrainedModel, Trainer, TrainerCallback
+
+from sparse_ft.masks import MASKS_FILE, MaskSet
+from sparse_ft.models import named_weights
+from sparse_ft.training import MaskCallback, latest_complete_checkpoint
+
+SparseModel = Callable[..., tuple[PreTrainedModel, MaskSet]]
+MakeTrainer = Callable[..., Trainer]
+
+
+class LateVandal(TrainerCallback):
+    """Revives one weight after the callbacks before it have seen the step, as the Trainer is about to save."""
+
+    def __init__(self, masks: MaskSet) -> None:
+        self.masks = masks
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: PreTrainedModel, **kwargs: Any) -> None:
+        if control.should_save:
+            name = next(iter(self.masks))
+            named_weights(model)[name].detach()[tuple((~self.masks[name]).nonzero()[0])] = 1e-3
+
+
+def test_a_weight_revived_while_saving_is_found(
+    sparse_model: SparseModel, make_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    model, masks = sparse_model()
+    arguments: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2}
+    with pytest.raises(RuntimeError, match=r"1 pruned weights in 1 tensors are not zero.*at the save of step 2"):
+        make_trainer(model, [MaskCallback(masks), LateVandal(masks)], **arguments).train()
+    written = tmp_path / "run" / "checkpoint-2"
+    assert not (written / MASKS_FILE).exists()
+    model, _ = sparse_model()
+    checkpoint = latest_complete_checkpoint(tmp_path / "run")
+    assert checkpoint == str(written)
+    with pytest.raises(RuntimeError, match="when training begins"):
+        make_trainer(model, [MaskCallback(masks)], **arguments).train(resume_from_checkpoint=checkpoint)
+
+
+class Failure(TrainerCallback):
+    """Stops the first run at its second step, and counts the hooks on a weight at every step."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.failed, self.hooks = name, False, set[int]()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: PreTrainedModel, **kwargs: Any) -> None:
+        self.hooks.add(len(named_weights(model)[self.name]._post_accumulate_grad_hooks))
+        if state.global_step == 2 and not self.failed:
+            self.failed = True
+            raise RuntimeError("the power went out")
+
+
+def test_training_again_after_a_failure_has_each_hook_once(
+    sparse_model: SparseModel, make_trainer: MakeTrainer
+) -> None:
+    model, masks = sparse_model()
+    callback, failure = MaskCallback(masks), Failure(next(iter(masks)))
+    with pytest.raises(RuntimeError, match="the power went out"):
+        make_trainer(model, [callback, failure]).train()
+    make_trainer(model, [callback, failure]).train()
+    assert failure.hooks == {1}
+    masks.verify(model)
+
+
+def test_the_logged_sparsity_counts_kept_weights_that_are_zero(
+    sparse_model: SparseModel, make_trainer: MakeTrainer
+) -> None:
+    model, masks = sparse_model()
+    name = next(iter(masks))
+    weight = named_weights(model)[name].requires_grad_(False)
+    weight.zero_()
+    trainer = make_trainer(model, [MaskCallback(masks)], max_steps=1)
+    trainer.train()
+    zeros = sum(int((named_weights(model)[n] == 0).sum()) for n in masks)
+    for entry in trainer.state.log_history:
+        assert entry["sparsity/kept_zero"] == int(masks[name].sum()) > 0
+        assert entry["sparsity/total"] == pytest.approx(zeros / sum(mask.numel() for mask in masks.values()), abs=1e-9)
