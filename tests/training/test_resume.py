@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -202,6 +203,14 @@ def test_which_checkpoint_is_complete(two_checkpoints: Path) -> None:
     assert is_complete_checkpoint(second), "the Trainer deletes older checkpoints before the masks are written"
     renamed = second.rename(two_checkpoints / "checkpoint-7")
     assert not is_complete_checkpoint(renamed), "its state is of another step"
+
+
+def test_the_highest_step_is_the_latest(two_checkpoints: Path) -> None:
+    tenth = two_checkpoints / "checkpoint-10"
+    shutil.copytree(two_checkpoints / "checkpoint-1", tenth)
+    state = json.loads((tenth / "trainer_state.json").read_text())
+    (tenth / "trainer_state.json").write_text(json.dumps({**state, "global_step": 10}))
+    assert latest_complete_checkpoint(two_checkpoints) == str(tenth), "10 comes after 2, in numbers"
 
 
 def test_sharded_checkpoint_needs_every_shard(two_checkpoints: Path) -> None:
