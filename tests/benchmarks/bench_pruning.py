@@ -101,9 +101,7 @@ def speed_rows(directory: Path, args: argparse.Namespace) -> list[dict[str, Any]
             python = peers if runner.startswith("llmcompressor") else sys.executable
             figures = run(python, runner, model, tokens, "--dtype", args.dtype, *extra)
             runs.setdefault((group, runner), []).append(figures)
-            print(
-                f"{group:16} {runner:24} cpu {figures['cpu_s']:7.1f} s  peak {figures['peak_mb']:6.0f} MB", flush=True
-            )
+            print(f"{group:16} {runner:24} cpu {figures['cpu_s']:7.1f} s", flush=True)
     rows = []
     for (group, runner), results in runs.items():
         floors = next((r for (g, name), r in runs.items() if g == group and name.startswith("floor")), None)
@@ -115,7 +113,6 @@ def speed_rows(directory: Path, args: argparse.Namespace) -> list[dict[str, Any]
                 "cpu_s": round(statistics.median(r["cpu_s"] for r in results), 2),
                 "wall_s": round(statistics.median(r["wall_s"] for r in results), 2),
                 "cpu_ratio_to_floor": round(statistics.median(ratios), 3) if ratios else None,
-                "peak_mb": round(statistics.median(r["peak_mb"] for r in results)),
                 "relative_error": results[0].get("relative_error"),
             }
         )
