@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from sparse_ft.models import load_model
 
-PATTERNS = (("unstructured", 0.5), ("unstructured", 0.7), ("2:4", None), ("1:4", None))
+PATTERNS = (("1:4", None), ("unstructured", 0.7), ("2:4", None), ("unstructured", 0.5))
 
 
 def measure(
@@ -50,8 +50,8 @@ def main() -> None:
         runners.append(("original", sys.executable, ["--wanda_repo", args.wanda_repo]))
     keys = ("method", "tool", "pattern", "sparsity")
     table = Table(args.output, "tests/benchmarks/quality_peers.py", protocol=PROTOCOL, keys=keys, force=args.force)
-    for method in ("wanda", "sparsegpt"):
-        for pattern, sparsity in PATTERNS:
+    for pattern, sparsity in PATTERNS:
+        for method in ("wanda", "sparsegpt"):
             for tool, python, extra in runners:
                 key = {"method": method, "tool": tool, "pattern": pattern, "sparsity": sparsity, "seed": 0}
                 cell = (bench, python, f"{tool}-{method}", pattern, sparsity, extra)
