@@ -32,6 +32,7 @@ from sparse_ft.data import calibration_batches, tokenize, training_dataset
 from sparse_ft.evaluation import (
     REPORT_HTML,
     ComparisonRow,
+    EvaluationProtocol,
     ReportData,
     mask_sample,
     perplexity,
@@ -286,7 +287,8 @@ def _write_report(stage: Stage, directory: Path, masks: dict[str, MaskSet], argv
         evaluations=[],
         histories={name: log for name, log in stage.histories.items() if name.startswith("MaskLoRA")},
         mask_sample=mask_sample(masks[LAST]),
-        arguments=plain_arguments(stage.how) | {"protocol": str(stage.entries["", "dense"]["protocol"])},
+        arguments=plain_arguments(stage.how)
+        | {"protocol": str(EvaluationProtocol(stage.entries["", "dense"]["protocol"]))},
         versions=versions(),
         verdict=_verdict(stage),
     )
