@@ -18,7 +18,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 
 from trl.scripts.utils import TrlParser
 
@@ -113,7 +113,7 @@ class ConfigParser(TrlParser):
         option, problem = "--" + match[1][2:].replace("-", "_"), match[2]
         choice = re.match(r"invalid choice: '(.*?)' \(choose from (.*)\)", problem)
         if choice is None:
-            raise ValueError(f"{option}: {problem}.")
+            raise ValueError(f"{option}: {problem.rstrip('.')}.")
         known = choice[2].replace("'", "").split(", ")
         raise ValueError(f"Unknown {option} {choice[1]!r}.{suggest(choice[1], known)}")
 
@@ -158,15 +158,25 @@ class ConfigParser(TrlParser):
             if key not in known:
                 raise ValueError(f"Unknown key {key!r} in recipe {str(path)!r}.{suggest(key, known)}")
             if value is None:
-                self._forget(key)
+                self._forget(key, path)
             elif isinstance(value, list):
+                self._check_list(key, value, path)
                 tokens += [f"--{key}", *value]
             else:
                 tokens.append(f"--{key}={json.dumps(value) if isinstance(value, Mapping) else value}")
         return tokens
 
-    def _forget(self, key: str) -> None:
+    def _check_list(self, key: str, value: Sequence[str], path: Path) -> None:
+        """More than one value is for options that take several."""
+        several = any(action.dest == key and action.nargs in ("+", "*") for action in self._actions)
+        if len(value) > 1 and not several:
+            raise ValueError(f"Recipe {str(path)!r} gives {key!r} {len(value)} values, but it takes one; keep one.")
+
+    def _forget(self, key: str, path: Path) -> None:
         """`key: null` in a recipe: the option's value is None unless the command line says otherwise."""
+        hints = [get_type_hints(dtype) for dtype in self.dataclass_types]
+        if not any(type(None) in get_args(hint[key]) for hint in hints if key in hint):
+            raise ValueError(f"Recipe {str(path)!r} gives {key!r} no value; write one, or leave the line out.")
         for action in self._actions:
             if action.dest == key:
                 action.default, action.required = None, False

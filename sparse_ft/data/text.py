@@ -61,7 +61,7 @@ def load_text(
         source = f"dataset '{dataset}' (split '{split}')"
         text = _read_table(str(dataset), split, config, text_field, max_characters)
     if not any(part.strip() for part in ([text] if isinstance(text, str) else text)):
-        raise ValueError(f"There is no text in {source}: it is empty; give another --dataset or --split.")
+        raise ValueError(f"There is no text in {source}: it is empty; give another dataset or split.")
     return text
 
 

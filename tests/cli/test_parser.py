@@ -56,10 +56,10 @@ def test_the_command_line_wins_wherever_the_recipe_stands(first: bool, tmp_path:
 
 
 def test_null_is_none(tmp_path: Path) -> None:
-    file = recipe(tmp_path / "r.yaml", "model: m\npattern: null\nsparsity: ~\nsteps:\n")
+    file = recipe(tmp_path / "r.yaml", "model: m\nexclude: null\nsparsity: ~\nkwargs:\n")
     options = parse("--config", file)
-    assert (options.pattern, options.sparsity, options.steps) == (None, None, None)
-    assert parse("--config", file, "--steps", "4").steps == 4
+    assert (options.exclude, options.sparsity, options.kwargs) == (None, None, None)
+    assert parse("--config", file, "--sparsity", "0.4").sparsity == 0.4
 
 
 def test_a_mapping_reaches_the_option_as_json(tmp_path: Path) -> None:
@@ -77,6 +77,10 @@ WRONG = {
     "wrong type": ("model: m\nsteps: few", ("--steps", "'few'")),
     "fraction for a count": ("model: m\nsteps: 1.5", ("--steps", "'1.5'")),
     "wrong flag": ("model: m\nquick: maybe", ("--quick", "maybe")),
+    "no value for text": ("model: m\npattern:", ("'pattern' no value",)),
+    "no value for a count": ("model: m\nsteps: null", ("'steps' no value",)),
+    "no value for what is required": ("model: ~", ("'model' no value",)),
+    "several values for one": ("model: m\nsteps: [1, 2]", ("'steps' 2 values", "takes one")),
     "no mapping": ("- model\n- m", ("mapping",)),
     "no yaml": ("model: [", ("not valid YAML",)),
     "empty": ("", ("mapping",)),
