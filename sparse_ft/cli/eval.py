@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sparse_ft.checkpoints import CheckpointReader, atomic_directory, check_output_dir, versions
+from sparse_ft.checkpoints import CheckpointReader, atomic_directory, check_output_dir, read_sidecars, versions
 from sparse_ft.checkpoints.resolve import member
 from sparse_ft.cli.arguments import EvalArguments, ModelArguments, TextArguments, first_word_is_model, parse
 from sparse_ft.cli.measuring import choose_device, choose_dtype, choose_length, find_split, load_checked
@@ -57,12 +57,15 @@ def run(argv: Sequence[str]) -> int:
     target = check_output_dir(how.output_dir, inputs=inputs) if how.output_dir is not None else None
     device = choose_device(how.device)
     with open_subject(model) as subject:
+        recorded = target is None and how.record and subject.adapter is None and is_sparse_checkpoint(subject.base)
+        if recorded:
+            read_sidecars(subject.base)  # files that do not belong together are refused before the work
         result = _measure(subject, text, how, device)
         print(f"perplexity {result.perplexity:.4f}\n  ({result.protocol})")
         command = command_line("eval", argv)
         if target is not None:
             _write(result, target, model.model_name_or_path, command, plain_arguments(*groups))
-        elif how.record and subject.adapter is None and is_sparse_checkpoint(subject.base):
+        elif recorded:
             print(add_evaluation(subject.base, result.to_dict()))
     return 0
 

@@ -44,6 +44,14 @@ def test_damaged_or_malicious_masks(verb: str, damage: str, place: Path, command
     refused(command, place, *reading_words(verb, place), naming=("sparse_masks.safetensors",))
 
 
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_masks_are_found_before_anything_is_evaluated(damage: str, place: Path, command: Command) -> None:
+    file = place / "sparse" / "sparse_masks.safetensors"
+    file.write_bytes(DAMAGE[damage](file))
+    assert "perplexity" not in command(*reading_words("eval", place)).out
+    refused(command, place, *reading_words("eval", place), naming=("sparse_masks.safetensors",))
+
+
 @pytest.mark.parametrize("name", [QUERY, NORM, "model.embed_tokens.weight"])
 @pytest.mark.parametrize("verb", ["retrain", "eval"])
 def test_missing_tensor(verb: str, name: str, place: Path, command: Command) -> None:
