@@ -28,7 +28,7 @@ __all__ = [
     "parse",
 ]
 
-# What perp.md calls the retraining recipe, as defaults of transformers' own options; all can be overridden.
+# The retraining recipe of PERP (arXiv 2312.15230), as defaults of transformers' own options; all can be overridden.
 RETRAIN_DEFAULTS: dict[str, Any] = {
     "seed": 0,
     "max_steps": 1000,
@@ -41,6 +41,8 @@ RETRAIN_DEFAULTS: dict[str, Any] = {
     "save_steps": 200,
     "save_total_limit": 2,
 }
+# Who asks for epochs is not stopped by the default number of steps.
+RETRAIN_OVERRULES = {"num_train_epochs": "max_steps"}
 
 
 def option(default: Any, help: str) -> Any:
@@ -180,6 +182,7 @@ def parse(
     description: str,
     defaults: dict[str, Any] | None = None,
     required: Sequence[str] = (),
+    overrules: dict[str, str] | None = None,
 ) -> tuple[Any, ...]:
     """Fill `groups` from the words after the verb.
 
@@ -190,12 +193,13 @@ def parse(
         description: First paragraph of `--help`.
         defaults: Replaces defaults of dataclasses that are not ours.
         required: Options of such dataclasses that must be given.
+        overrules: Options of such dataclasses that stand in for another one, as `ConfigParser.change`.
 
     Raises:
         ValueError: As `ConfigParser.parse`.
     """
     parser = ConfigParser(groups, prog=f"sparse-ft {verb}", description=description)
-    parser.change(defaults or {}, required)
+    parser.change(defaults or {}, required, overrules)
     return parser.parse(argv)
 
 

@@ -103,6 +103,7 @@ class ConfigParser(TrlParser):
 
     def __init__(self, dataclass_types: Sequence[type], *, prog: str, description: str) -> None:
         super().__init__(dataclass_types=dataclass_types, prog=prog, description=description, allow_abbrev=False)
+        self._overrules: dict[str, tuple[str, Any]] = {}
         self.add_argument("--config", metavar="RECIPE", help="YAML recipe: a file, or a shipped name (perp/llama_2of4)")
 
     def error(self, message: str) -> NoReturn:
@@ -121,8 +122,15 @@ class ConfigParser(TrlParser):
         """Names of every option, without dashes: the keys a recipe may use."""
         return [action.dest for action in self._actions if action.dest not in ("help", "config")]
 
-    def change(self, defaults: Mapping[str, Any], required: Sequence[str]) -> None:
-        """Give options of somebody else's dataclass other defaults, or make them required."""
+    def change(
+        self, defaults: Mapping[str, Any], required: Sequence[str], overrules: Mapping[str, str] | None = None
+    ) -> None:
+        """Give options of somebody else's dataclass other defaults, or make them required.
+
+        `overrules`: an option that is given, and the one it stands in for, whose default is then the dataclass's own.
+        Given on the command line it also stands in for the other's line in the recipe.
+        """
+        self._overrules = {given: (other, self.get_default(other)) for given, other in (overrules or {}).items()}
         self.set_defaults(**defaults)
         for action in self._actions:
             action.required = action.required or action.dest in required
@@ -138,7 +146,7 @@ class ConfigParser(TrlParser):
         for word in remaining:
             if word.startswith("--") and word.split("=", 1)[0] not in self._option_string_actions:
                 self._unknown(word)
-        tokens = [] if config is None else self._recipe_tokens(config)
+        tokens = self._without_overruled([] if config is None else self._recipe_tokens(config), remaining)
         namespace, unknown = self.parse_known_args(tokens + remaining)
         if unknown:
             self._unknown(unknown[0])
@@ -147,6 +155,16 @@ class ConfigParser(TrlParser):
             dtype(**{field.name: values[field.name] for field in dataclasses.fields(dtype) if field.init})
             for dtype in self.dataclass_types
         )
+
+    def _without_overruled(self, tokens: list[str], typed: Sequence[str]) -> list[str]:
+        """The recipe's tokens without those `typed` stands in for; defaults are changed to match."""
+        for given, (other, default) in self._overrules.items():
+            if _gives(typed, given) and not _gives(typed, other):
+                tokens = [token for token in tokens if not _gives([token], other)]
+            words = [*tokens, *typed]
+            if _gives(words, given) and not _gives(words, other):
+                self.set_defaults(**{other: default})
+        return tokens
 
     def _recipe_tokens(self, name: str) -> list[str]:
         """The recipe as command-line tokens, so that both are converted and checked by the same code."""
@@ -179,13 +197,18 @@ class ConfigParser(TrlParser):
             raise ValueError(f"Recipe {str(path)!r} gives {key!r} no value; write one, or leave the line out.")
         for action in self._actions:
             if action.dest == key:
-                action.default, action.required = None, False
+                action.default = None
 
     def _unknown(self, token: str) -> NoReturn:
         if not token.startswith("-"):
             raise ValueError(f"Unexpected argument {token!r}: options are written --name value.")
         name = token.lstrip("-").split("=", 1)[0].replace("-", "_")
         raise ValueError(f"Unknown option {token.split('=', 1)[0]!r}.{_dashed(suggest(name, self.options()))}")
+
+
+def _gives(words: Sequence[str], option: str) -> bool:
+    """Whether `--option` is among the words, spelt with underscores or dashes."""
+    return any(w.startswith("--") and w[2:].split("=", 1)[0].replace("-", "_") == option for w in words)
 
 
 def _dashed(hint: str) -> str:

@@ -41,6 +41,7 @@ from sparse_ft.checkpoints import (
 )
 from sparse_ft.cli.arguments import (
     RETRAIN_DEFAULTS,
+    RETRAIN_OVERRULES,
     EvaluationArguments,
     ModelArguments,
     RetrainArguments,
@@ -133,6 +134,7 @@ def run(argv: Sequence[str]) -> int:
         description="Train a sparse checkpoint; its zeros stay exactly zero.",
         defaults=defaults,
         required=["output_dir"],
+        overrules=RETRAIN_OVERRULES,
     )
     names, text, how, _, training = groups
     output_dir = _check(names, text, how, training)
@@ -153,6 +155,9 @@ def _check(names: ModelArguments, text: TextArguments, how: RetrainArguments, tr
         check_output_dir(how.save_adapter, inputs=inputs, overwrite=how.overwrite)
     if text.dataset is None:
         raise ValueError("No text to train on was given; name one with --dataset.")
+    if training.max_steps == 0 or (training.max_steps < 0 and training.num_train_epochs <= 0):
+        given = f"--max_steps {training.max_steps} and --num_train_epochs {training.num_train_epochs:g}"
+        raise ValueError(f"{given} leave nothing to train; give one that is positive.")
     return output_dir
 
 

@@ -258,6 +258,8 @@ RETRAIN: dict[str, tuple[dict[str, object], tuple[str, ...]]] = {
     "unknown dtype": ({"dtype": "float31"}, ("float31", "float32")),
     "adapter of full fine-tuning": ({"method": "full", "save_adapter": "adapter"}, ("full", "--save_adapter")),
     "steps that are no number": ({"max_steps": "many"}, ("--max_steps", "many")),
+    "no steps": ({"max_steps": 0}, ("--max_steps 0", "positive")),
+    "no epochs": ({"max_steps": None, "num_train_epochs": 0}, ("--num_train_epochs 0", "positive")),
     "unknown scheduler": ({"lr_scheduler_type": "liner"}, ("--lr_scheduler_type", "liner", "linear")),
     "no such checkpoint": ({"resume_from_checkpoint": "nowhere"}, ("nowhere", "checkpoint")),
 }

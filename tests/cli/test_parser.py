@@ -62,6 +62,36 @@ def test_null_is_none(tmp_path: Path) -> None:
     assert parse("--config", file, "--sparsity", "0.4").sparsity == 0.4
 
 
+@pytest.mark.parametrize(
+    ("in_recipe", "typed", "expected"),
+    [
+        ("", "", (1000, None)),
+        ("", "--sparsity 0.5", (3, 0.5)),
+        ("sparsity: 0.5", "", (3, 0.5)),
+        ("steps: 7", "--sparsity=0.5", (3, 0.5)),
+        ("sparsity: 0.5", "--steps 7", (7, 0.5)),
+        ("steps: 7\nsparsity: 0.5", "", (7, 0.5)),
+        ("steps: 7", "--sparsity 0.5 --steps 8", (8, 0.5)),
+    ],
+)
+def test_an_option_that_stands_in_for_another(
+    in_recipe: str, typed: str, expected: tuple[int, float | None], tmp_path: Path
+) -> None:
+    """Given, it leaves the other's own default; typed, it wins over the other's line in the recipe."""
+    parser = ConfigParser([Options], prog="test", description="")
+    parser.change({"steps": 1000}, [], {"sparsity": "steps"})
+    file = recipe(tmp_path / "r.yaml", f"model: m\n{in_recipe}\n")
+    (options,) = parser.parse(["--config", file, *typed.split()])
+    assert (options.steps, options.sparsity) == expected
+
+
+def test_null_does_not_stand_in_for_a_required_option(tmp_path: Path) -> None:
+    parser = ConfigParser([Options], prog="test", description="")
+    parser.change({}, ["exclude"])
+    with pytest.raises(ValueError, match="--exclude"):
+        parser.parse(["--config", recipe(tmp_path / "r.yaml", "model: m\nexclude: null\n")])
+
+
 def test_a_mapping_reaches_the_option_as_json(tmp_path: Path) -> None:
     file = recipe(tmp_path / "r.yaml", "model: m\nkwargs: {num_cycles: 3, deep: {a: 0.5}}\n")
     assert parse("--config", file).kwargs == '{"num_cycles": 3, "deep": {"a": 0.5}}'
