@@ -7,7 +7,9 @@ A Llama from its config, fp32 parameters, bf16 autocast, AdamW, clipping at 1. E
 the same model; a step is timed from `on_step_begin` to `on_step_end`: forward, backward, clip, optimizer, zero_grad.
 Variants run in turn, the order rotating from round to round; the first step of a visit is not counted. A ratio is the
 median over rounds of the visit's median step over that of dense training in the same round; `fastest_ratio` compares
-the fastest visits. `exact`: every pruned weight was zero after the last step. `mask_bytes`: held per masked weight.
+the fastest visits. `masking_share` is the part of a step's wall time spent in the masking itself, both read in the same
+step, so that it does not depend on how steady the machine is; it is read where the variant masks in one place.
+`exact`: every pruned weight was zero after the last step. `mask_bytes`: held per masked weight.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from results import REPOSITORY, write_result
@@ -28,7 +31,7 @@ from transformers.utils import logging
 
 from sparse_ft.masks import MaskSet
 from sparse_ft.models import find_targets, named_weights
-from sparse_ft.training import MaskCallback
+from sparse_ft.training import MaskCallback, mask_callback
 
 SIZES = {
     "tiny": dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, vocab_size=256),
@@ -41,13 +44,28 @@ class StopClock(TrainerCallback):
 
     def __init__(self) -> None:
         self.started = (0.0, 0.0)
+        self.in_masking = 0.0
         self.wall: list[float] = []
         self.cpu: list[float] = []
+        self.masking: list[float] = []
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         """Read the clocks."""
         self.wall.append(time.perf_counter() - self.started[0])
         self.cpu.append(time.process_time() - self.started[1])
+        self.masking.append(self.in_masking)
+        self.in_masking = 0.0
+
+    def timed(self, mask: Callable[[Tensor, Tensor], Any]) -> Callable[[Tensor, Tensor], Any]:
+        """`mask`, its seconds added up."""
+
+        def run(tensor: Tensor, bits: Tensor) -> Any:
+            start = time.perf_counter()
+            result = mask(tensor, bits)
+            self.in_masking += time.perf_counter() - start
+            return result
+
+        return run
 
 
 class StartClock(TrainerCallback):
@@ -154,12 +172,16 @@ class Bench:
             prune.custom_from_mask(module, "weight", mask)
         return TorchPrune(modules)
 
-    def visit(self, name: str) -> tuple[list[float], list[float], bool]:
-        """Wall and CPU seconds of every counted step, and whether the zeros are exact at the end."""
+    def visit(self, name: str) -> tuple[StopClock, bool]:
+        """The times of every step, and whether the zeros are exact at the end."""
         self.masks.apply_(self.model)
         callbacks = VARIANTS[name][1](self)
         clock = StopClock()
-        with tempfile.TemporaryDirectory() as directory:
+        for callback in callbacks:
+            if isinstance(callback, AfterStep):
+                callback.apply = clock.timed(callback.apply)
+        timed = patch.object(mask_callback, "mask_", clock.timed(mask_callback.mask_))
+        with tempfile.TemporaryDirectory() as directory, timed:
             arguments = TrainingArguments(
                 output_dir=directory,
                 use_cpu=True,
@@ -185,7 +207,7 @@ class Bench:
         for callback in callbacks:
             if isinstance(callback, TorchPrune):
                 callback.remove()
-        return clock.wall[1:], clock.cpu[1:], not self.masks.revived(self.model)
+        return clock, not self.masks.revived(self.model)
 
 
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -193,11 +215,13 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     bench = Bench(args)
     names = args.variants
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+    shares: dict[str, list[float]] = {name: [] for name in names}
     exact = dict.fromkeys(names, True)
     for turn in range(args.rounds):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            wall, cpu, zeros = bench.visit(name)
-            seconds[name].append((statistics.median(wall), statistics.median(cpu)))
+            clock, zeros = bench.visit(name)
+            seconds[name].append((statistics.median(clock.wall[1:]), statistics.median(clock.cpu[1:])))
+            shares[name] += [m / w for m, w in zip(clock.masking[1:], clock.wall[1:], strict=True)]
             exact[name] &= zeros
             print(f"round {turn + 1}/{args.rounds} {name}: {seconds[name][-1][0] * 1e3:.0f} ms", flush=True)
     rows = []
@@ -211,6 +235,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
                 "wall_ratio": round(statistics.median(own[0] / dense[0] for own, dense in pairs), 4),
                 "cpu_ratio": round(statistics.median(own[1] / dense[1] for own, dense in pairs), 4),
                 "fastest_ratio": round(min(o[0] for o, _ in pairs) / min(d[0] for _, d in pairs), 4),
+                "masking_share": round(statistics.median(shares[name]), 4) if any(shares[name]) else None,
                 "mask_bytes": VARIANTS[name][0],
                 "exact": exact[name],
             }
