@@ -77,9 +77,13 @@ def atomic_write(path: str | Path, content: bytes | str) -> None:
         content: bytes, or text written as UTF-8.
 
     Raises:
-        RuntimeError: if the disk is full; the file is as it was.
+        RuntimeError: if the disk is full or the directory cannot be written to; the file is as it was.
     """
     path = Path(os.path.realpath(path))
+    if path.parent.is_dir() and not os.access(path.parent, os.W_OK | os.X_OK):
+        raise RuntimeError(
+            f"No permission to write '{path.name}' in '{path.parent}'; copy the directory, or make it writable."
+        )
     _remove_leftovers(path)
     temporary = _hidden_name(path, "partial")
     try:

@@ -10,6 +10,7 @@ given.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -59,7 +60,7 @@ def run(argv: Sequence[str]) -> int:
     with open_subject(model) as subject:
         recorded = target is None and how.record and subject.adapter is None and is_sparse_checkpoint(subject.base)
         if recorded:
-            read_sidecars(subject.base)  # files that do not belong together are refused before the work
+            _check_recordable(subject.base)
         result = _measure(subject, text, how, device)
         print(f"perplexity {result.perplexity:.4f}\n  ({result.protocol})")
         command = command_line("eval", argv)
@@ -68,6 +69,13 @@ def run(argv: Sequence[str]) -> int:
         elif recorded:
             print(add_evaluation(subject.base, result.to_dict()))
     return 0
+
+
+def _check_recordable(directory: Path) -> None:
+    """Refuse before the work what `add_evaluation` would refuse after it, but for changed weights."""
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise RuntimeError(f"No permission to write the result into '{directory}'; add --no_record to only print it.")
+    read_sidecars(directory)
 
 
 def _measure(subject: Subject, text: TextArguments, how: EvalArguments, device: torch.device) -> PerplexityResult:

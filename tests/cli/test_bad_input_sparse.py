@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -50,6 +51,20 @@ def test_damaged_masks_are_found_before_anything_is_evaluated(damage: str, place
     file.write_bytes(DAMAGE[damage](file))
     assert "perplexity" not in command(*reading_words("eval", place)).out
     refused(command, place, *reading_words("eval", place), naming=("sparse_masks.safetensors",))
+
+
+def test_eval_that_may_not_record_says_so_before_anything_is_evaluated(
+    place: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Told by the mode bits, which root may ignore."""
+    (place / "sparse").chmod(0o500)
+    monkeypatch.setattr(os, "access", lambda path, mode, **_: os.stat(path).st_mode >> 6 & mode == mode)
+    words = reading_words("eval", place)
+    assert "perplexity" not in command(*words).out
+    refused(command, place, *words, naming=("No permission", str(place / "sparse"), "--no_record"))
+    result = command(*words, "--no_record", "--sequence_length", 16)
+    assert result.code == 0 and "perplexity" in result.out
+    (place / "sparse").chmod(0o700)
 
 
 @pytest.mark.parametrize("name", [QUERY, NORM, "model.embed_tokens.weight"])
