@@ -6,8 +6,11 @@ A script calls `Table.row` for every cell; a cell that the result file already h
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,11 +49,13 @@ class Bench:
     model: str
     dataset: str
     test: Tensor = field(init=False)
+    validation: Tensor = field(init=False)
     train: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         tokenizer = load_tokenizer(self.model)
         self.test = tokenize(load_text(self.dataset, split="test"), tokenizer)
+        self.validation = tokenize(load_text(self.dataset, split="validation"), tokenizer)
         self.train = tokenize(load_text(self.dataset, split="train"), tokenizer)
 
     def load(self) -> PreTrainedModel:
@@ -62,11 +67,11 @@ class Bench:
         windows = random_windows(self.train, count=CALIBRATION_WINDOWS, length=SEQUENCE_LENGTH, seed=seed)
         return list(windows.split(16))
 
-    def perplexity(self, model: PreTrainedModel) -> float:
-        """Test perplexity: non-overlapping windows, fp32 weights, bf16 autocast."""
+    def perplexity(self, model: PreTrainedModel, split: str = "test") -> float:
+        """Perplexity of the test or validation text: non-overlapping windows, fp32 weights, bf16 autocast."""
         result = perplexity(
             model,
-            self.test,
+            self.test if split == "test" else self.validation,
             sequence_length=SEQUENCE_LENGTH,
             max_windows=EVALUATION_WINDOWS,
             dtype=torch.bfloat16,
@@ -84,22 +89,45 @@ PROTOCOL = {
 
 
 class Table:
-    """Rows of one result file, each found by its key columns."""
+    """Rows of one result file, each found by its key columns. Several processes may fill the same file."""
 
     def __init__(
         self, path: Path, script: str, *, protocol: dict[str, Any], keys: tuple[str, ...], force: bool
     ) -> None:
         self.path, self.script, self.protocol, self.keys = path, script, protocol, keys
-        stored = json.loads(path.read_text())["rows"] if path.exists() and not force else []
-        self.rows: list[dict[str, Any]] = stored
+        if force:
+            path.unlink(missing_ok=True)
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """What the file holds now."""
+        stored: list[dict[str, Any]] = json.loads(self.path.read_text())["rows"] if self.path.exists() else []
+        return stored
+
+    def find(self, key: dict[str, Any]) -> dict[str, Any] | None:
+        """The stored row of a key."""
+        return next((r for r in self.rows if all(r.get(k) == key.get(k) for k in self.keys)), None)
 
     def row(self, key: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The row of a key: the stored one, or measured now, printed and written at once."""
-        found = next((r for r in self.rows if all(r.get(k) == key.get(k) for k in self.keys)), None)
+        found = self.find(key)
         if found is None:
             found = {**key, **measure()}
-            self.rows.append(found)
-            seeds = sorted({r["seed"] for r in self.rows if r.get("seed") is not None})
-            write_result(self.path, self.script, self.rows, self.protocol, seeds)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with _locked(self.path.parent):
+                rows = [*self.rows, found]
+                seeds = sorted({r["seed"] for r in rows if r.get("seed") is not None})
+                write_result(self.path, self.script, rows, self.protocol, seeds)
             print(json.dumps(found), flush=True)
         return found
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """One process at a time."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)

@@ -41,7 +41,9 @@ LEARNING_RATE = {"full": 5e-4, "mask_lora": 2e-3, "lora": 2e-3}
 RANK, ALPHA, BATCH = 16, 32, 12
 
 
-def train(model: PreTrainedModel, ids: torch.Tensor, masks: MaskSet, method: str, steps: int, seed: int) -> None:
+def train(
+    model: PreTrainedModel, ids: torch.Tensor, masks: MaskSet, method: str, steps: int, seed: int, learning_rate: float
+) -> None:
     """Train `model` (a PeftModel for adapters) in place with the plain Trainer."""
     blocks = windows(ids, SEQUENCE_LENGTH)
     dataset = Dataset.from_dict({"input_ids": blocks, "labels": blocks}).with_format("torch")
@@ -50,7 +52,7 @@ def train(model: PreTrainedModel, ids: torch.Tensor, masks: MaskSet, method: str
             output_dir=directory,
             max_steps=steps,
             per_device_train_batch_size=BATCH,
-            learning_rate=LEARNING_RATE[method],
+            learning_rate=learning_rate,
             lr_scheduler_type="linear",
             warmup_steps=steps // 10,
             weight_decay=0.0,
@@ -96,7 +98,7 @@ def measure(bench: Bench, method: str, pattern: dict[str, Any], steps: int, seed
     pruned = bench.perplexity(model)
     wrapped = adapted(model, masks, method)
     trainable = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
-    train(wrapped, bench.train, masks, method, steps, seed)
+    train(wrapped, bench.train, masks, method, steps, seed, LEARNING_RATE[method])
     if method != "full":
         model = wrapped.merge_and_unload()
     if method != "lora":
