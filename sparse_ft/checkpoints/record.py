@@ -1,7 +1,7 @@
 """`sparse_ft.json`: how a sparse checkpoint came to be, and which masks and weights belong together.
 
-It holds the command and its arguments, versions, a sparsity table, evaluations, the digest of the masks and of the
-weights they belong to, and the same for every earlier step (prune, then retrain, then merge, ...).
+It holds the command and its arguments, versions, a sparsity table, evaluations, what training left, the digest of the
+masks and of the weights they belong to, and the same for every earlier step (prune, then retrain, then merge, ...).
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ FORMAT_VERSION = 1
 _DISTRIBUTIONS = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "safetensors")
 _SECRETS = frozenset({"token", "hub_token", "push_to_hub_token", "use_auth_token", "api_key"})
 _IN_HISTORY = (
-    "command", "arguments", "versions", "pattern", "sparsity", "masks_digest", "weights_digest", "evaluation"
+    "command", "arguments", "versions", "pattern", "sparsity", "masks_digest", "weights_digest", "evaluation",
+    "training",
 )  # fmt: skip
 
 
@@ -41,6 +42,9 @@ class Record:
         weights_digest: `MaskSet.weights_digest()` of the weights beside it.
         evaluation: results, each a flat mapping that names its protocol.
         history: earlier steps, oldest first: the same fields without the tensors.
+        training: what training left, empty where there was none: `logs` (the Trainer's log history by name of the run),
+            `trainable` (how many weights were trained, by group) and `reconstruction` (one entry per window:
+            `block`, `window`, `loss_before`, `loss_after`, `iterations`), each only if there is something to say.
         format_version: of this file.
     """
 
@@ -54,6 +58,7 @@ class Record:
     weights_digest: str
     evaluation: list[dict[str, Any]] = field(default_factory=list)
     history: list[dict[str, Any]] = field(default_factory=list)
+    training: dict[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
     def to_json(self) -> str:
@@ -90,7 +95,9 @@ class Record:
             "versions": dict,
             "tensors": list,
             "evaluation": list,
+            "training": dict,
         }
+        content.setdefault("training", {})
         for entry in fields(cls):
             kind = expected.get(entry.name, list if entry.name == "history" else str)
             if entry.name != "format_version" and not isinstance(content.get(entry.name), kind):
@@ -113,6 +120,7 @@ def make_record(
     arguments: Mapping[str, Any],
     evaluation: Iterable[Mapping[str, Any]] = (),
     previous: Record | None = None,
+    training: Mapping[str, Any] | None = None,
 ) -> Record:
     """Describe a sparse checkpoint.
 
@@ -123,6 +131,7 @@ def make_record(
         arguments: its arguments; access tokens are left out.
         evaluation: results to note.
         previous: the record of the checkpoint this one was made from; it becomes the end of `history`.
+        training: what training left, as in `Record`.
 
     Raises:
         ValueError: if a masked tensor is absent from `weights`, or has another shape.
@@ -148,6 +157,7 @@ def make_record(
         weights_digest=masks.weights_digest(weights),
         evaluation=[dict(result) for result in evaluation],
         history=[*previous.history, previous.step()] if previous else [],
+        training=dict(training or {}),
     )
 
 

@@ -6,6 +6,7 @@ not zero in the files, nothing is published and the exit code is 1.
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -61,6 +62,9 @@ class Outcome:
         arguments: every option and its value.
         evaluations: `PerplexityResult.to_dict` entries, first before, last after.
         histories: `Trainer.state.log_history` by name.
+        trainable: how many weights were trained: `trainable` of `total`, and `groups`, by name the number of `tensors`
+            and of `parameters` in each.
+        reconstruction: one entry per window: `block`, `window`, `loss_before`, `loss_after`, `iterations`.
         previous: record of the checkpoint it started from.
     """
 
@@ -71,7 +75,24 @@ class Outcome:
     arguments: Mapping[str, Any]
     evaluations: Sequence[Mapping[str, Any]] = ()
     histories: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+    trainable: Mapping[str, Any] = field(default_factory=dict)
+    reconstruction: Sequence[Mapping[str, Any]] = ()
     previous: Record | None = None
+
+    @property
+    def training(self) -> dict[str, Any]:
+        """What training left, as `Record.training` keeps it; what there is nothing of is left out."""
+        logs = {name: thinned(entries) for name, entries in self.histories.items() if entries}
+        kept = {"logs": logs, "trainable": dict(self.trainable), "reconstruction": list(self.reconstruction)}
+        return {name: value for name, value in kept.items() if value}
+
+
+def thinned(entries: Sequence[Mapping[str, Any]], most: int = 1000) -> list[Mapping[str, Any]]:
+    """Log entries as a checkpoint keeps them: all evaluations, and of the losses evenly spaced ones, last included."""
+    losses = [i for i, entry in enumerate(entries) if "loss" in entry]
+    every = max(1, math.ceil(len(losses) / most))
+    dropped = {i for place, i in enumerate(reversed(losses)) if place % every}
+    return [entry for i, entry in enumerate(entries) if i not in dropped]
 
 
 def publish(directory: Path, masks: MaskSet, outcome: Outcome) -> Record:
@@ -92,6 +113,7 @@ def publish(directory: Path, masks: MaskSet, outcome: Outcome) -> Record:
         arguments=outcome.arguments,
         evaluation=outcome.evaluations,
         previous=outcome.previous,
+        training=outcome.training,
     )
     write_sidecars(directory, masks, record)
     write_report(directory, report_data(directory, masks, weights, outcome, record))

@@ -174,6 +174,9 @@ def test_records_with_a_field_missing_or_wrong_are_refused(tmp_path: Path, field
     else:
         content[field] = None if value == "null" else {"sparsity": "0.5"}.get(field, 17)
     (tmp_path / RECORD_FILE).write_text(json.dumps(content))
+    if (field, value) == ("training", "absent"):
+        assert read_sidecars(tmp_path)[1] == record, "a record without it is of a checkpoint that was not trained"
+        return
     message = refused(tmp_path)
     assert ("format" if field == "format_version" else f"'{field}'") in message and RECORD_FILE in message
 
@@ -188,10 +191,14 @@ def test_history_holds_every_earlier_step_once(tmp_path: Path) -> None:
     model, masks = sparse()
     record = None
     for command in ("prune", "retrain", "merge"):
-        record = make_record(masks, model, command=command, arguments={"step": command}, previous=record)
+        training = {"logs": {command: [{"step": 1, "loss": 2.0}]}} if command == "retrain" else None
+        record = make_record(
+            masks, model, command=command, arguments={"step": command}, previous=record, training=training
+        )
     assert record is not None and [step["command"] for step in record.history] == ["prune", "retrain"]
     assert [step["arguments"] for step in record.history] == [{"step": "prune"}, {"step": "retrain"}]
     assert all("history" not in step and "tensors" not in step for step in record.history)
+    assert [step["training"] for step in record.history] == [{}, {"logs": {"retrain": [{"step": 1, "loss": 2.0}]}}]
     assert Record.from_json(record.to_json()) == record
 
 
