@@ -18,7 +18,17 @@ Example:
     >>> trainer = Trainer(model=model, ..., callbacks=[MaskCallback(masks)])
     >>> trainer.train(resume_from_checkpoint=latest_complete_checkpoint(arguments.output_dir))
 
-Limits: one process without DeepSpeed or FSDP; the Trainer's optimizer may not step inside backward (LOMO).
+Several processes: with a whole copy of the model in each (DDP by `torchrun` or `accelerate launch`) nothing changes in
+the script. Each masks its own gradient before the average is taken; see `training.processes`. The weights are bit for
+bit those of one process that accumulates the same micro-batches when there are two processes; with more, or with one
+larger batch, they agree to the rounding of the sum of gradients. Pruned weights are exactly zero on every process.
+
+Averages of the weights (`torch.optim.swa_utils.AveragedModel`, TRL's `BEMACallback`) are sums of masked weights, hence
+masked; `masks.verify(averaged.module)` checks it. Neither writes the masks: `masks.save(directory)` puts them beside.
+
+Limits: no DeepSpeed, FSDP or other sharding; the Trainer's optimizer may not step inside backward (LOMO); a DDP
+communication hook that mixes elements (PowerSGD) makes gradients dense after they were masked, which the check after
+the first step finds.
 """
 
 from __future__ import annotations
@@ -30,7 +40,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
-from accelerate import PartialState
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -40,6 +49,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from sparse_ft.checkpoints import make_record, write_sidecars
 from sparse_ft.masks import MASKS_FILE, MaskSet, keep_bits, mask_
 from sparse_ft.models.names import canonical_name, named_weights
+from sparse_ft.training.gradient_flow import watch_gradient_flow
+from sparse_ft.training.processes import check_same_masks, check_strategy, check_whole, wait_for_everyone
+from sparse_ft.training.resume import disown_checkpoint
 
 # Their update of a weight reads nothing but this weight, its gradient and its state, and is 0 where all three are 0.
 # Subclasses are not members: they may do anything.
@@ -116,8 +128,8 @@ class MaskCallback(TrainerCallback):
 
     Raises (from `trainer.train()`):
         ValueError: before the first step, if a mask's tensor is absent or of another shape, masks is None and the model
-            is dense, or there is more than one process.
-        RuntimeError: if a pruned weight is not zero.
+            is dense, nothing is trainable, the processes have different masks, or the model is sharded among them.
+        RuntimeError: if a pruned weight is not zero, or trainable parameters of a block get no gradient.
     """
 
     def __init__(self, masks: MaskSet | None = None) -> None:
@@ -139,13 +151,16 @@ class MaskCallback(TrainerCallback):
     ) -> None:
         """Check masks against the model, then place the hooks."""
         self.remove_hooks()
-        _refuse_several_processes(args)
+        check_strategy(args)
         model, optimizer = kwargs["model"], base_optimizer(kwargs["optimizer"])
+        check_whole(model)
         if self.masks is None:
             self.masks = _masks_of(model, args, state)
+        check_same_masks(self.masks, args)
         self._measured = self._check(model, "when training begins", fix="set them to zero with masks.apply_(model)")
         self._check_next_step = True
         _warn_of_dense_adapter(self.masks, model)
+        self._handles += watch_gradient_flow(model)
         bits = _bits_of_trainable(self.masks, model)
         for parameter, keep in bits:
             _mask_state(optimizer, parameter, keep)
@@ -172,11 +187,21 @@ class MaskCallback(TrainerCallback):
             self._measured = self._check(kwargs["model"], f"after step {state.global_step}")
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Check, and write the sidecars into the checkpoint just written."""
-        self._measured = self._check(kwargs["model"], f"at the save of step {state.global_step}")
+        """Check, and write the sidecars into the checkpoint just written.
+
+        They come when every process has written its part, and no process goes on before they are there.
+        """
         checkpoint = _checkpoint_of(args, state)
+        try:
+            self._measured = self._check(kwargs["model"], f"at the save of step {state.global_step}")
+        except RuntimeError:
+            if args.should_save:
+                disown_checkpoint(checkpoint)
+            raise
+        wait_for_everyone()
         if args.should_save and checkpoint.is_dir():  # a hyperparameter search saves elsewhere
             _write_sidecars(checkpoint, self._known_masks(), kwargs["model"], state)
+        wait_for_everyone()
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Add the last measurement to the entry just logged."""
@@ -256,15 +281,6 @@ def _widened(bits: Tensor, weight: Tensor) -> Tensor:
     """Bits of the weight's width on the CPU, as they are elsewhere."""
     by_size = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return bits.to(by_size[weight.element_size()]) if bits.device.type == "cpu" else bits
-
-
-def _refuse_several_processes(args: TrainingArguments) -> None:
-    kind = str(PartialState().distributed_type.value)
-    if args.world_size > 1 or kind in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
-        raise ValueError(
-            f"MaskCallback works in one process without sharding, got {args.world_size} processes and {kind}; "
-            f"start the script with plain `python`."
-        )
 
 
 def _checkpoint_of(args: TrainingArguments, state: TrainerState) -> Path:

@@ -10,6 +10,14 @@ checkpoint. It is also the file resuming can do without, because the masks are i
 Every file is checked against its own length as well, for saves over an older checkpoint of the same name. Against a
 loss of power (instead of the process) there is no protection: the Trainer does not flush its files to the disk.
 
+A checkpoint without optimizer state (`save_only_model`) is a model and nothing to resume from: the Trainer would go on
+with empty moments and the learning rate of step 0, and not say so. A checkpoint in which `MaskCallback` found a revived
+weight while it was saved is disowned: its state is set aside as `trainer_state.refused.json`.
+
+Several processes share the run's directory. Each writes its random state, `rng_state_<process>.pth`, by itself: a kill
+between the first process's last file and another's only file leaves a checkpoint whose other process starts with other
+random numbers, which matters with dropout only, and which the masks tell: they are written when all are done.
+
 Example:
     >>> trainer.train(resume_from_checkpoint=latest_complete_checkpoint(arguments.output_dir))   # None: from the start
 """
@@ -18,6 +26,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -29,13 +38,16 @@ from sparse_ft.checkpoints.header import read_header
 
 # Trainer's own names: other files beside them may have any format.
 _TORCH_FILES = re.compile(r"(optimizer|scheduler|scaler)\.pt|rng_state(_\d+)?\.pth|training_args\.bin|.*_model.*\.bin")
+_OPTIMIZER = re.compile(r".*optimizer\.(pt|bin)|optimizer_\d+|global_step\d+")  # Trainer's, FSDP's, DeepSpeed's
+_REFUSED_STATE = "trainer_state.refused.json"
 _WEIGHTS = re.compile(r"(adapter_)?model(-\d+-of-\d+)?\.safetensors|(adapter|pytorch)_model(-\d+-of-\d+)?\.bin")
 
 
 def latest_complete_checkpoint(run_dir: str | Path) -> str | None:
-    """The checkpoint of a run with the highest step that was written to its end, None if there is none.
+    """The checkpoint of a run with the highest step that can be resumed from, None if there is none.
 
-    Half-written ones are skipped, not deleted: the resumed run writes over them when it reaches their step.
+    Half-written ones are skipped, not deleted: the resumed run writes over them when it reaches their step. It warns
+    when it skips one because it holds a model only.
 
     Args:
         run_dir: the Trainer's `output_dir`; it need not exist yet.
@@ -48,17 +60,39 @@ def latest_complete_checkpoint(run_dir: str | Path) -> str | None:
         step = path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
         if step.isdecimal():
             by_step[int(step)] = path
-    newest_first = (by_step[step] for step in sorted(by_step, reverse=True))
-    return next((str(path) for path in newest_first if is_complete_checkpoint(path)), None)
+    whole = [by_step[step] for step in sorted(by_step, reverse=True) if _was_written(by_step[step])]
+    found = next((path for path in whole if _has_optimizer(path)), None)
+    if whole and found != whole[0]:
+        warnings.warn(
+            f"'{whole[0]}' holds a model without the optimizer's state (save_only_model), so training cannot go on "
+            f"from it; it goes on from {f'{found.name!r}' if found else 'the beginning'}.",
+            stacklevel=2,
+        )
+    return None if found is None else str(found)
 
 
 def is_complete_checkpoint(checkpoint: str | Path) -> bool:
-    """Whether a Trainer's `checkpoint-N` was written to its end.
+    """Whether a Trainer's `checkpoint-N` was written to its end and can be resumed from.
 
-    True if `trainer_state.json` is whole and of step N, there are weights, every shard that an index names exists, and
-    no safetensors or torch file is shorter than it says.
+    True if `trainer_state.json` is whole and of step N, there are weights and the optimizer's state, every shard that
+    an index names exists, and no safetensors or torch file is shorter than it says.
     """
-    checkpoint = Path(checkpoint)
+    return _was_written(Path(checkpoint)) and _has_optimizer(Path(checkpoint))
+
+
+def disown_checkpoint(checkpoint: str | Path) -> None:
+    """Make a checkpoint one that is not resumed from; its files stay, for a look at what went wrong."""
+    state = Path(checkpoint) / TRAINER_STATE_NAME
+    if state.is_file():
+        state.replace(state.with_name(_REFUSED_STATE))
+
+
+def _has_optimizer(checkpoint: Path) -> bool:
+    return any(_OPTIMIZER.fullmatch(path.name) for path in checkpoint.iterdir())
+
+
+def _was_written(checkpoint: Path) -> bool:
+    """Whether the Trainer came to the end of a checkpoint, with or without an optimizer in it."""
     state = _read_json(checkpoint / TRAINER_STATE_NAME)
     if state is None or checkpoint.name != f"{PREFIX_CHECKPOINT_DIR}-{state.get('global_step')}":
         return False

@@ -205,6 +205,23 @@ def test_which_checkpoint_is_complete(two_checkpoints: Path) -> None:
     assert not is_complete_checkpoint(renamed), "its state is of another step"
 
 
+def test_a_model_without_an_optimizer_is_not_resumed_from(
+    two_checkpoints: Path, sparse_model: SparseModel, make_trainer: MakeTrainer
+) -> None:
+    """The Trainer would start again with empty moments at the first learning rate, and not say so."""
+    model, masks = sparse_model()
+    third = two_checkpoints / "checkpoint-3"
+    saving: dict[str, Any] = {"max_steps": 3, "save_strategy": "steps", "save_steps": 3, "save_only_model": True}
+    make_trainer(model, [MaskCallback(masks)], **saving).train()
+    assert (third / "trainer_state.json").is_file() and not is_complete_checkpoint(third)
+    with pytest.warns(UserWarning, match=r"checkpoint-3' holds a model without .* goes on from 'checkpoint-2'"):
+        assert latest_complete_checkpoint(two_checkpoints) == str(two_checkpoints / "checkpoint-2")
+    for step in (1, 2):
+        (two_checkpoints / f"checkpoint-{step}" / "optimizer.pt").unlink()
+    with pytest.warns(UserWarning, match="goes on from the beginning"):
+        assert latest_complete_checkpoint(two_checkpoints) is None
+
+
 def test_the_highest_step_is_the_latest(two_checkpoints: Path) -> None:
     tenth = two_checkpoints / "checkpoint-10"
     shutil.copytree(two_checkpoints / "checkpoint-1", tenth)
