@@ -29,13 +29,17 @@ _SEQUENCES = {
 Batch = dict[str, Any]
 
 
-def prepare_calibration(model: nn.Module, calibration: Iterable[Any] | None, method: str) -> list[Batch]:
+def prepare_calibration(
+    model: nn.Module, calibration: Iterable[Any] | None, method: str, *, rows_per_batch: int | None = None
+) -> list[Batch]:
     """Check calibration data and turn it into batches without padding.
 
     Args:
         model: the model they are for.
         calibration: an iterable of keyword dictionaries for the model's forward, or of token ids `(B, T)` or `(T,)`.
         method: name of the method, for the message.
+        rows_per_batch: sequences of a batch; by default as many as give `TOKENS_PER_FORWARD`. Batches that cannot be
+            taken apart stay as they are.
 
     Returns:
         Keyword dictionaries for the model's forward, on the CPU, labels taken out. A model with a decoder of its own
@@ -69,7 +73,7 @@ def prepare_calibration(model: nn.Module, calibration: Iterable[Any] | None, met
             row = _with_decoder_inputs(model, row)
             rows[_signature(row)].append(row)
     for signature in sorted(rows, key=repr):
-        batches.extend(_join(rows[signature]))
+        batches.extend(_join(rows[signature], rows_per_batch))
     if not batches:
         raise ValueError(f"calibration holds no tokens; method '{method}' needs at least one batch with some.")
     return batches
@@ -186,10 +190,10 @@ def _content(row: Batch) -> tuple[bytes, ...]:
     return tuple(t.contiguous().view(torch.uint8).numpy().tobytes() for t in tensors)
 
 
-def _join(rows: list[Batch]) -> list[Batch]:
+def _join(rows: list[Batch], size: int | None) -> list[Batch]:
     rows = sorted(rows, key=_content)
     length = max(v.shape[1] if v.ndim > 1 else 1 for v in rows[0].values() if isinstance(v, Tensor))
-    size = max(1, TOKENS_PER_FORWARD // length)
+    size = max(1, TOKENS_PER_FORWARD // length) if size is None else size
     chunks = [rows[start : start + size] for start in range(0, len(rows), size)]
     return [
         {k: torch.cat([row[k] for row in chunk]) if isinstance(v, Tensor) else v for k, v in chunk[0].items()}

@@ -34,9 +34,9 @@ class StopForward(Exception):
 
 
 class _BlockReached(StopForward):
-    def __init__(self, index: int) -> None:
+    def __init__(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         super().__init__(index)
-        self.index = index
+        self.index, self.args_given, self.kwargs_given = index, args, kwargs
 
 
 @dataclass(frozen=True)
@@ -61,22 +61,28 @@ class _Dropped:
     device: torch.device
 
 
-class _StandIn(nn.Module):
-    """Takes a block's place in the model. Attributes the model reads of the block are still the block's."""
+class StandIn(nn.Module):
+    """Takes a module's place and answers its calls. Attributes that are read of the module are still the module's.
 
-    def __init__(self, block: nn.Module, answer: Callable[[dict[str, Any]], Any]) -> None:
+    Args:
+        module: whose place it takes.
+        answer: called with the arguments of each call, `(args, kwargs)`; its result is the call's.
+    """
+
+    def __init__(self, module: nn.Module, answer: Callable[[tuple[Any, ...], dict[str, Any]], Any]) -> None:
         super().__init__()
-        self.__dict__["_block"] = block  # not as a submodule: the block is not in the model now
+        self.__dict__["_module"] = module  # not as a submodule: the module is not in the model now
         self.__dict__["_answer"] = answer
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self._answer(kwargs)
+        """What `answer` says."""
+        return self._answer(args, kwargs)
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(self.__dict__["_block"], name)
+            return getattr(self.__dict__["_module"], name)
 
 
 class BlockReplay:
@@ -89,6 +95,8 @@ class BlockReplay:
         blocks: its repeated blocks as (name, module), in any order.
         batches: keyword arguments of the model's forward.
         device: where the batches are moved.
+        keep: turns a tensor of a recorded output into the one that is held until it is dead: its copy, unless it is
+            to lie elsewhere than on the device.
     """
 
     def __init__(
@@ -97,13 +105,16 @@ class BlockReplay:
         blocks: Sequence[tuple[str, nn.Module]],
         batches: Sequence[dict[str, Any]],
         device: torch.device | str = "cpu",
+        *,
+        keep: Callable[[Tensor], Tensor] = torch.clone,
     ) -> None:
         self._model = model
         self._names = [name for name, _ in blocks]
         self._blocks = [block for _, block in blocks]
         self._batches = batches
         self._device = device
-        self._stand_ins = [_StandIn(block, partial(self._answer, i)) for i, block in enumerate(self._blocks)]
+        self._keep = keep
+        self._stand_ins = [StandIn(block, partial(self._answer, i)) for i, block in enumerate(self._blocks)]
         self._slots: list[list[tuple[nn.Module, str]]] = []
         self._recorded: list[dict[int, list[_Call]]] = [{} for _ in batches]  # batch -> block -> its calls
         self._taken: list[set[int]] = [set() for _ in batches]  # batch -> id of recorded tensors a block took in
@@ -148,7 +159,31 @@ class BlockReplay:
             pass
         return None
 
-    def run(self, index: int, *, record: bool = False, before_batch: Callable[[int], None] | None = None) -> None:
+    def arguments(self, number: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What the model calls its next block with for one batch; the tensors are the caller's to change.
+
+        Raises:
+            RuntimeError: if the model calls no other block for this batch.
+        """
+        try:
+            self._forward(number)
+        except _BlockReached as reached:
+            return reached.args_given, reached.kwargs_given
+        except StopForward:
+            pass
+        raise RuntimeError(
+            f"The model calls no further block for calibration batch {number} but does for others; give batches with "
+            f"the same kinds of input."
+        )
+
+    def run(
+        self,
+        index: int,
+        *,
+        record: bool = False,
+        before_batch: Callable[[int], None] | None = None,
+        numbers: Iterable[int] | None = None,
+    ) -> None:
         """Run one block on every batch, with the arguments the model passes.
 
         Args:
@@ -156,6 +191,7 @@ class BlockReplay:
             record: keep the outputs, as the inputs of the blocks that follow.
             before_batch: called with the number of each batch before it runs. Hooks inside the block may raise
                 `StopForward` when they have seen enough of a batch whose output is not recorded.
+            numbers: of the batches to run; all by default.
 
         Raises:
             RuntimeError: if the model does not call the block for one of the batches.
@@ -167,7 +203,7 @@ class BlockReplay:
             hooks.append(block.register_forward_hook(partial(self._on_exit, calls), with_kwargs=True))
         self._place(index, block)
         try:
-            for number in range(len(self._batches)):
+            for number in range(len(self._batches)) if numbers is None else numbers:
                 calls.clear()
                 if before_batch is not None:
                     before_batch(number)
@@ -200,26 +236,27 @@ class BlockReplay:
         finally:
             self._copies, self._nans = {}, {}
 
-    def _answer(self, index: int, kwargs: dict[str, Any]) -> Any:
+    def _answer(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What a block that is not running does: it repeats its recorded call, or ends this forward."""
         recorded = self._recorded[self._number].get(index)
         if recorded is None:
-            raise _BlockReached(index)
+            raise _BlockReached(index, args, kwargs)
         number = self._calls.get(index, 0)
         self._calls[index] = number + 1
         call = recorded[min(number, len(recorded) - 1)]
         for name, notes in call.notes.items():
-            kwargs[name].update(_map_tensors(notes, self._copy))
-        return _map_tensors(call.output, self._copy)
+            kwargs[name].update(map_tensors(notes, self._copy))
+        return map_tensors(call.output, self._copy)
 
     def _copy(self, tensor: Tensor | _Dropped) -> Tensor:
         """A block or the model may write into what it is given, so recorded tensors are given as copies."""
+        device = tensor.device if self._keep is torch.clone else self._device
         if isinstance(tensor, _Dropped):
             if tensor not in self._nans:
-                self._nans[tensor] = torch.full(tensor.shape, torch.nan, dtype=tensor.dtype, device=tensor.device)
+                self._nans[tensor] = torch.full(tensor.shape, torch.nan, dtype=tensor.dtype, device=device)
             return self._nans[tensor]
         if id(tensor) not in self._copies:
-            self._copies[id(tensor)] = tensor.clone()
+            self._copies[id(tensor)] = tensor.to(device, copy=True)
         return self._copies[id(tensor)]
 
     def _on_exit(
@@ -231,7 +268,13 @@ class BlockReplay:
         }
         # The model may go on to write into what it was given back, so what is kept are copies.
         copies: dict[int, Tensor] = {}
-        kept = _map_tensors(output, lambda tensor: copies.setdefault(id(tensor), tensor.clone()))
+
+        def keep(tensor: Tensor) -> Tensor:
+            if id(tensor) not in copies:
+                copies[id(tensor)] = self._keep(tensor)
+            return copies[id(tensor)]
+
+        kept = map_tensors(output, keep)
         calls.append(_Call(kept, {name: written for name, written in notes.items() if written}))
 
     def _on_entry(self, index: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -240,7 +283,7 @@ class BlockReplay:
         self._calls[index] = self._calls.get(index, 0) + 1
         if self._calls[index] > 1:
             return
-        given = {id(tensor) for tensor in _tensors((args, kwargs))}
+        given = {id(tensor) for tensor in tensors_in((args, kwargs))}
         now = {original for original, copy in self._copies.items() if id(copy) in given}
         taken = self._taken[self._number]
         dead = taken - now
@@ -250,7 +293,7 @@ class BlockReplay:
         recorded = self._recorded[self._number]
         for done, calls in recorded.items():
             recorded[done] = [
-                _Call(_map_tensors(call.output, lambda t: _drop(t) if id(t) in dead else t), call.notes)
+                _Call(map_tensors(call.output, lambda t: _drop(t) if id(t) in dead else t), call.notes)
                 for call in calls
             ]
         taken -= dead  # their ids may be used again
@@ -275,26 +318,27 @@ def _drop(tensor: Any) -> Any:
     return tensor
 
 
-def _map_tensors(value: Any, change: Callable[[Any], Any]) -> Any:
+def map_tensors(value: Any, change: Callable[[Any], Any]) -> Any:
     """Apply `change` to every tensor in nested tuples, lists and dictionaries (transformers' outputs are such)."""
     if isinstance(value, (Tensor, _Dropped)):
         return change(value)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_map_tensors(item, change) for item in value))
+        return type(value)(*(map_tensors(item, change) for item in value))
     if isinstance(value, (tuple, list)):
-        return type(value)(_map_tensors(item, change) for item in value)
+        return type(value)(map_tensors(item, change) for item in value)
     if isinstance(value, dict):
-        items = {key: _map_tensors(item, change) for key, item in value.items()}
+        items = {key: map_tensors(item, change) for key, item in value.items()}
         return items if type(value) is dict else type(value)(**items)
     return value
 
 
-def _tensors(value: Any) -> Iterable[Tensor]:
+def tensors_in(value: Any) -> Iterable[Tensor]:
+    """Every tensor in nested tuples, lists and dictionaries, in order."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (tuple, list)):
         for item in value:
-            yield from _tensors(item)
+            yield from tensors_in(item)
     elif isinstance(value, dict):
         for item in value.values():
-            yield from _tensors(item)
+            yield from tensors_in(item)
