@@ -18,8 +18,12 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from sparse_ft.adapters import LoraPruneConfig as LoraPruneConfig
+    from sparse_ft.adapters import LoraPruneModel as LoraPruneModel
     from sparse_ft.adapters import MaskLoraConfig as MaskLoraConfig
     from sparse_ft.adapters import MaskLoraModel as MaskLoraModel
+    from sparse_ft.adapters import ScaleLoraConfig as ScaleLoraConfig
+    from sparse_ft.adapters import ScaleLoraModel as ScaleLoraModel
     from sparse_ft.evaluation import perplexity as perplexity
     from sparse_ft.evaluation import sparsity_table as sparsity_table
     from sparse_ft.masks import MaskSet as MaskSet
@@ -31,11 +35,15 @@ if TYPE_CHECKING:
 
 # public name -> the room that defines it
 _ROOM_OF = {
+    "LoraPruneConfig": "adapters",
+    "LoraPruneModel": "adapters",
     "MaskCallback": "training",
     "MaskLoraConfig": "adapters",
     "MaskLoraModel": "adapters",
     "MaskSet": "masks",
     "Pattern": "masks",
+    "ScaleLoraConfig": "adapters",
+    "ScaleLoraModel": "adapters",
     "find_targets": "models",
     "perplexity": "evaluation",
     "prune": "pruning",
@@ -44,11 +52,15 @@ _ROOM_OF = {
 }
 
 __all__ = [
+    "LoraPruneConfig",
+    "LoraPruneModel",
     "MaskCallback",
     "MaskLoraConfig",
     "MaskLoraModel",
     "MaskSet",
     "Pattern",
+    "ScaleLoraConfig",
+    "ScaleLoraModel",
     "__version__",
     "find_targets",
     "perplexity",

@@ -1,6 +1,20 @@
 """Adapters that keep a pruned model's zeros, as PEFT methods. Importing this room registers them with PEFT."""
 
+from sparse_ft.adapters.lora_prune import LoraPruneConfig, LoraPruneModel
 from sparse_ft.adapters.mask_lora import MaskLoraConfig, MaskLoraModel
 from sparse_ft.adapters.mask_lora_function import mask_lora_delta, mask_lora_linear
+from sparse_ft.adapters.scale_lora import ScaleLoraConfig, ScaleLoraModel
+from sparse_ft.adapters.scale_lora_function import scale_lora_linear, scale_lora_weight
 
-__all__ = ["MaskLoraConfig", "MaskLoraModel", "mask_lora_delta", "mask_lora_linear"]
+__all__ = [
+    "LoraPruneConfig",
+    "LoraPruneModel",
+    "MaskLoraConfig",
+    "MaskLoraModel",
+    "ScaleLoraConfig",
+    "ScaleLoraModel",
+    "mask_lora_delta",
+    "mask_lora_linear",
+    "scale_lora_linear",
+    "scale_lora_weight",
+]

@@ -13,13 +13,14 @@ Source: Zimmer et al., PERP, arXiv 2312.15230, section 3 (MaskLoRA).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sparse_ft.adapters.effective_weight import Weight, affine, cast_input, either, ordered_factors, split
 from sparse_ft.masks import keep_bits, mask_
 
 
@@ -41,7 +42,7 @@ def mask_lora_delta(
     Example:
         >>> weight += mask_lora_delta(A, B, mask, scaling=2.0)
     """
-    left, right = _factors(lora_A, lora_B, lora_A.dtype, fan_in_fan_out)
+    left, right = ordered_factors(lora_A, lora_B, lora_A.dtype, fan_in_fan_out)
     return masked(left @ right * scaling, keep_bits(mask))
 
 
@@ -53,7 +54,7 @@ def masked(values: Tensor, keep: Tensor) -> Tensor:
 
 def mask_lora_linear(
     x: Tensor,
-    weight: Tensor | None,
+    weight: Weight | None,
     bias: Tensor | None,
     mask: Tensor,
     lora_A: Tensor,
@@ -69,7 +70,8 @@ def mask_lora_linear(
 
     Args:
         x: (..., in).
-        weight: frozen W, (out, in), or (in, out) with `fan_in_fan_out`; None leaves W out: the adapter's part alone.
+        weight: frozen W, (out, in), or (in, out) with `fan_in_fan_out`; or a function that makes it, called in each
+            pass; None leaves W out: the adapter's part alone.
         bias: (out,) or None.
         mask: bool or `keep_bits`, in the layout of the weight.
         lora_A: (r, in), usually fp32.
@@ -80,25 +82,24 @@ def mask_lora_linear(
     Returns:
         (..., out). Gradients flow to x, bias, A and B; W is frozen and gets none.
     """
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(device))
-    result: Tensor = _MaskLoraLinear.apply(
-        x, weight, bias, keep_bits(mask), lora_A, lora_B, float(scaling), fan_in_fan_out
-    )
+    arguments = (cast_input(x), *split(weight), bias, keep_bits(mask), lora_A, lora_B, float(scaling), fan_in_fan_out)
+    result: Tensor = _MaskLoraLinear.apply(*arguments)
     return result
 
 
-def _factors(lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype, fan_in_fan_out: bool) -> tuple[Tensor, Tensor]:
-    """The two factors whose product has the layout of the weight."""
-    A, B = lora_A.to(dtype), lora_B.to(dtype)
-    return (A.t(), B.t()) if fan_in_fan_out else (B, A)
-
-
-def _effective_weight(weight: Tensor | None, keep: Tensor, left: Tensor, right: Tensor, scaling: float) -> Tensor:
+def _effective_weight(
+    weight: Tensor | None,
+    make_weight: Callable[[], Tensor] | None,
+    keep: Tensor,
+    left: Tensor,
+    right: Tensor,
+    scaling: float,
+) -> Tensor:
     """W + c (left right) ∘ m in the dtype of the factors, in one new tensor."""
     effective = mask_((left * scaling) @ right, keep)
-    return effective if weight is None else effective.add_(weight.to(effective.dtype))
+    if weight is None and make_weight is None:
+        return effective
+    return effective.add_(either(weight, make_weight).to(effective.dtype))
 
 
 class _Masked(torch.autograd.Function):
@@ -124,6 +125,7 @@ class _MaskLoraLinear(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         weight: Tensor | None,
+        make_weight: Callable[[], Tensor] | None,
         bias: Tensor | None,
         keep: Tensor,
         lora_A: Tensor,
@@ -132,29 +134,24 @@ class _MaskLoraLinear(torch.autograd.Function):
         fan_in_fan_out: bool,
     ) -> Tensor:
         ctx.save_for_backward(x, weight, keep, lora_A, lora_B)
-        ctx.scaling, ctx.fan_in_fan_out = scaling, fan_in_fan_out
+        ctx.make_weight, ctx.scaling, ctx.fan_in_fan_out = make_weight, scaling, fan_in_fan_out
         ctx.bias_dtype = None if bias is None else bias.dtype
-        left, right = _factors(lora_A, lora_B, x.dtype, fan_in_fan_out)
-        effective = _effective_weight(weight, keep, left, right, scaling)
-        bias = None if bias is None else bias.to(x.dtype)
-        if not fan_in_fan_out:
-            return F.linear(x, effective, bias)
-        rows = x.reshape(-1, x.shape[-1])
-        y = rows @ effective if bias is None else torch.addmm(bias, rows, effective)
-        return y.view(*x.shape[:-1], y.shape[-1])
+        left, right = ordered_factors(lora_A, lora_B, x.dtype, fan_in_fan_out)
+        effective = _effective_weight(weight, make_weight, keep, left, right, scaling)
+        return affine(x, effective, bias, fan_in_fan_out)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, keep, lora_A, lora_B = ctx.saved_tensors
-        needs_x, _, needs_bias, _, needs_A, needs_B = ctx.needs_input_grad[:6]
+        needs_x, _, _, needs_bias, _, needs_A, needs_B = ctx.needs_input_grad[:7]
         dx = dbias = dA = dB = temporary = None
         rows, grad_rows = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
         # the dtypes were chosen in forward; an autocast around backward() must not choose again
         with torch.autocast(x.device.type, enabled=False):
-            left, right = _factors(lora_A, lora_B, x.dtype, ctx.fan_in_fan_out)
+            left, right = ordered_factors(lora_A, lora_B, x.dtype, ctx.fan_in_fan_out)
             if needs_x:
-                temporary = _effective_weight(weight, keep, left, right, ctx.scaling)
+                temporary = _effective_weight(weight, ctx.make_weight, keep, left, right, ctx.scaling)
                 dx = (grad_rows @ (temporary.t() if ctx.fan_in_fan_out else temporary)).view_as(x)
             if needs_A or needs_B:
                 first, second = (rows, grad_rows) if ctx.fan_in_fan_out else (grad_rows, rows)
@@ -165,4 +162,4 @@ class _MaskLoraLinear(torch.autograd.Function):
                 dB = (gradient @ A.t()).to(lora_B.dtype).mul_(ctx.scaling) if needs_B else None
             if needs_bias:
                 dbias = grad_rows.sum(0).to(ctx.bias_dtype)
-        return dx, None, dbias, None, dA, dB, None, None
+        return dx, None, None, dbias, None, dA, dB, None, None

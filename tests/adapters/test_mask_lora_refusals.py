@@ -68,7 +68,7 @@ def test_every_option_of_lora_is_known_to_be_fine_or_refused() -> None:
     """A new PEFT with a new option must be looked at before it is silently accepted."""
     from dataclasses import fields
 
-    from sparse_ft.adapters.mask_lora import _REFUSED
+    from sparse_ft.adapters.masked_config import REFUSED
 
     fine = {
         *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
@@ -77,7 +77,7 @@ def test_every_option_of_lora_is_known_to_be_fine_or_refused() -> None:
         *("rank_pattern", "alpha_pattern", "megatron_core", "qalora_group_size", "runtime_config"),
         "target_parameters",
     }
-    assert {field.name for field in fields(LoraConfig)} == fine | set(_REFUSED)
+    assert {field.name for field in fields(LoraConfig)} == fine | set(REFUSED)
 
 
 def test_target_without_a_mask() -> None:

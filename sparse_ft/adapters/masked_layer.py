@@ -1,8 +1,8 @@
-"""The layers MaskLoRA puts around a linear and around fused experts: PEFT's own LoRA layers, masked.
+"""What the layers of all masked adapters share: the adapter's mask, and an exact merge and unmerge.
 
-PEFT keeps naming, devices, saving, switching and deleting of adapters. What is overridden is the mathematics: forward,
-the delta, merge and unmerge. Merging adds up in fp32 and rounds once. The kept values of the weight are set aside
-meanwhile, so that unmerging restores the weight bit for bit, which W + Δ - Δ does not in any floating point format.
+PEFT keeps naming, devices, saving, switching and deleting of adapters. A method adds the mathematics: forward and the
+delta. Merging adds up in fp32 and rounds once. The kept values of the weight are set aside meanwhile, so that unmerging
+restores the weight bit for bit, which W + Δ - Δ does not in any floating point format.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
-from sparse_ft.adapters.mask_lora_function import mask_lora_delta, mask_lora_linear, masked
+from sparse_ft.adapters.effective_weight import Weight
+from sparse_ft.adapters.mask_lora_function import mask_lora_delta
 from sparse_ft.masks import keep_bits, pack_bits
 
 
@@ -32,18 +33,18 @@ class AdapterMask(nn.Module):
 
     Args:
         name: parameter the mask belongs to, for messages.
-        mask: bool in the layout of the weight.
-        weights_digest: `MaskSet.weights_digest` of the base model.
+        mask: bool in the layout of the weight, or a single True for a weight that is not pruned.
+        made_for: what else the adapter depends on, such as `MaskSet.weights_digest` of the base model.
     """
 
     fingerprint: Tensor
 
-    def __init__(self, name: str, mask: Tensor, weights_digest: str) -> None:
+    def __init__(self, name: str, mask: Tensor, made_for: str) -> None:
         super().__init__()
         self.name = name
         self.keep = keep_bits(mask)
         bits = pack_bits(mask.cpu()).numpy().tobytes()
-        self._made_for = hashlib.sha256(f"{tuple(mask.shape)}|{weights_digest}|".encode() + bits).digest()
+        self._made_for = hashlib.sha256(f"{tuple(mask.shape)}|{made_for}|".encode() + bits).digest()
         self.register_buffer("fingerprint", torch.frombuffer(bytearray(self._made_for), dtype=torch.uint8))
         self._checked = False
 
@@ -83,9 +84,10 @@ class AdapterMask(nn.Module):
             args[-1].append(problem)
 
 
-class _MaskedLayer(lora.LoraLayer):
-    """What both layers share: masks by adapter, and an exact merge and unmerge."""
+class MaskedLayer(lora.LoraLayer):
+    """What linears and stacks share: masks by adapter, and an exact merge and unmerge."""
 
+    method = "LoRA"  # as messages call it
     adapter_layer_names = (*lora.LoraLayer.adapter_layer_names, "lora_mask")
     _set_aside: tuple[Tensor, Tensor] | None = None  # bool mask and the weight's values there, while merged
 
@@ -94,11 +96,11 @@ class _MaskedLayer(lora.LoraLayer):
         """No variant of LoRA (DoRA …) is known here."""
         return {(): None}
 
-    def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Add an adapter; its mask follows by `set_mask`."""
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: int | None, *args: Any, **kwargs: Any) -> None:
+        """Add an adapter; its mask follows by `set_mask`. Without an alpha c = 2."""
         if not hasattr(self, "lora_mask"):
             self.lora_mask = nn.ModuleDict()
-        super().update_layer(adapter_name, *args, **kwargs)
+        super().update_layer(adapter_name, r, 2 * r if lora_alpha is None else lora_alpha, *args, **kwargs)
 
     def set_mask(self, adapter_name: str, mask: AdapterMask) -> None:
         """Give an adapter its mask."""
@@ -109,7 +111,7 @@ class _MaskedLayer(lora.LoraLayer):
         return False
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """c (B A) ∘ m in the layout of the weight, in fp32 (fp64 for fp64 factors)."""
+        """What merging this adapter adds to the weight, in its layout and in fp32 (fp64 for fp64 factors)."""
         raise NotImplementedError
 
     @torch.no_grad()
@@ -127,16 +129,13 @@ class _MaskedLayer(lora.LoraLayer):
         if not names:
             return
         weight = self._parameter().data
-        kept, values = self._set_aside or self._values_at(self._bits(names[0]).bool())
-        total = torch.zeros(weight.shape, dtype=torch.promote_types(weight.dtype, torch.float32), device=weight.device)
-        total[kept] = values.to(total)
-        for name in [*self.merged_adapters, *names]:
-            total += self.get_delta_weight(name).to(total)
+        set_aside = self._set_aside or self._values_at(self._bits(names[0]).bool())
+        total = self._total(self._unmerged(set_aside), [*self.merged_adapters, *names])
         merged = total.to(weight.dtype)
         if safe_merge and not torch.isfinite(merged).all():
             raise ValueError(f"Merging adapter {names} gives weights that are not finite; the adapter is broken.")
         weight.copy_(merged)
-        self._set_aside = (kept, values)
+        self._set_aside = set_aside
         self.merged_adapters.extend(names)
 
     @torch.no_grad()
@@ -152,16 +151,38 @@ class _MaskedLayer(lora.LoraLayer):
         self._set_aside = None
         self.merged_adapters.clear()
 
+    def _total(self, weight: Tensor, adapters: list[str]) -> Tensor:
+        """W with all these adapters, from W without any in fp32 or wider, which may be overwritten."""
+        for name in adapters:
+            weight += self.get_delta_weight(name).to(weight)
+        return weight
+
+    def _unmerged(self, set_aside: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """A copy of the weight without any adapter, in fp32 or wider."""
+        weight = self._parameter().data
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        set_aside = set_aside or self._set_aside
+        if set_aside is None:
+            return weight.to(dtype, copy=True)
+        kept, values = set_aside
+        unmerged = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
+        unmerged[kept] = values.to(unmerged)
+        return unmerged
+
     def _values_at(self, kept: Tensor) -> tuple[Tensor, Tensor]:
         return kept, self._parameter().data[kept]
 
     def _parameter(self) -> nn.Parameter:
         raise NotImplementedError
 
+    def _base_weight(self) -> Weight:
+        """The frozen weight in floating point for the forward pass, or a function that makes it."""
+        return self._parameter()
+
     def _bits(self, adapter_name: str) -> Tensor:
         if adapter_name not in self.lora_mask:
             raise RuntimeError(
-                f"Adapter '{adapter_name}' has no mask on this layer; add it with a MaskLoraConfig(masks=...)."
+                f"Adapter '{adapter_name}' has no mask on this layer; add it as a {self.method} adapter with masks=...."
             )
         mask = self.lora_mask[adapter_name]
         assert isinstance(mask, AdapterMask)
@@ -174,8 +195,8 @@ class _MaskedLayer(lora.LoraLayer):
         return A.to(dtype), B.to(dtype)
 
 
-class MaskLoraLinear(_MaskedLayer, lora.Linear):
-    """MaskLoRA around `nn.Linear`, weight (out, in), or GPT-2's Conv1D, weight (in, out)."""
+class _Linear(MaskedLayer, lora.Linear):
+    """Around `nn.Linear`, weight (out, in), or GPT-2's Conv1D, weight (in, out)."""
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, **kwargs: Any) -> None:
         super().__init__(base_layer, adapter_name, **kwargs)
@@ -185,10 +206,40 @@ class MaskLoraLinear(_MaskedLayer, lora.Linear):
         weight: nn.Parameter = self.get_base_layer().weight
         return weight
 
+
+class PlainLinear(_Linear):
+    """Ordinary LoRA in forward, W + c (B A) ∘ m once merged.
+
+    The two agree where the mask is True everywhere, as for `dense_modules`.
+    """
+
     def get_delta_weight(self, adapter: str) -> Tensor:
         """c (B A) ∘ m in the layout of the weight, in fp32 (fp64 for fp64 factors)."""
         A, B = self._wide(adapter)
         return mask_lora_delta(A, B, self._bits(adapter), self.scaling[adapter], fan_in_fan_out=self.fan_in_fan_out)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """(..., in) to (..., out) with the active adapters, or those named for each sample."""
+        for name in kwargs.get("adapter_names") or self.active_adapters:
+            if name in self.lora_A:
+                self._bits(name)  # raises if A and B were trained for another mask or base
+        result: Tensor = super().forward(x, *args, **kwargs)
+        return result
+
+    def __repr__(self) -> str:
+        return f"plain_{super().__repr__()}"
+
+
+class MaskedLinear(_Linear):
+    """Training sees the merged weight: the first adapter is fused with the base layer, more are added to its output."""
+
+    def _fused(self, x: Tensor, adapter: str, bias: Tensor | None) -> Tensor:
+        """(..., in) to (..., out): base layer and one adapter."""
+        raise NotImplementedError
+
+    def _addition(self, x: Tensor, adapter: str) -> Tensor:
+        """(..., in) to (..., out): x times the delta of one adapter."""
+        raise NotImplementedError
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """(..., in) to (..., out) with the active adapters."""
@@ -200,18 +251,12 @@ class MaskLoraLinear(_MaskedLayer, lora.Linear):
         return result
 
     def _adapted(self, x: Tensor, names: Sequence[str]) -> Tensor:
-        """The first adapter is fused with the base layer; more adapters on one layer are added to its output."""
         base = self.get_base_layer()
         # a base layer with hooks (offloading, sharding, statistics) has to be called
-        result = base(x) if base._forward_hooks or base._forward_pre_hooks or "forward" in vars(base) else None
-        for name in names:
-            weight, bias = (base.weight, base.bias) if result is None else (None, None)
-            A, B = self.lora_A[name].weight, self.lora_B[name].weight
-            part = mask_lora_linear(
-                x, weight, bias, self._bits(name), A, B, self.scaling[name], fan_in_fan_out=self.fan_in_fan_out
-            )
-            result = part if result is None else result + part.to(result.dtype)
-        assert result is not None
+        hooked = base._forward_hooks or base._forward_pre_hooks or "forward" in vars(base)
+        result = base(x) if hooked else self._fused(x, names[0], base.bias)
+        for name in names if hooked else names[1:]:
+            result = result + self._addition(x, name).to(result.dtype)
         return result
 
     def _mixed_batch_forward(self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
@@ -228,32 +273,25 @@ class MaskLoraLinear(_MaskedLayer, lora.Linear):
         return f"mask_{super().__repr__()}"
 
 
-class ParamWrapper(_MaskedLayer, lora.ParamWrapper):
-    """MaskLoRA on a stack of fused experts, (E, out, in) or (E, in, out): one pair A, B and one mask per expert.
+class ParamWrapper(MaskedLayer, lora.ParamWrapper):
+    """A stack of fused experts, (E, out, in) or (E, in, out): one pair A, B and one mask per expert.
 
-    It bears its PEFT parent's name because PEFT, to nest the wrappers of several parameters of one module, recognises
-    them by class name. The weight is used inside the model's own experts code, so W + Δ of the stack lives until that
-    block's backward pass is done; with activation checkpointing that is one block at a time.
+    It bears its PEFT parent's name, as every subclass has to, because PEFT, to nest the wrappers of several parameters
+    of one module, recognises them by class name. The weight is used inside the model's own experts code.
     """
 
     def _parameter(self) -> nn.Parameter:
         parameter: nn.Parameter = self.get_param()
         return parameter
 
-    def get_delta_weight(self, adapter: str, *args: Any, **kwargs: Any) -> Tensor:
-        """c (B A) ∘ m of every expert in the layout of the stack, in fp32 (fp64 for fp64 factors)."""
-        A, B = self._wide(adapter)
-        return masked(self._product(A, B, adapter), self._bits(adapter))
+    def _change(self, adapters: list[str]) -> nn.Module:
+        """A parametrization that makes the effective stack from the frozen one: `Added`, for example."""
+        raise NotImplementedError
 
-    def _delta_in(self, dtype: torch.dtype, adapter: str) -> Tensor:
-        """The delta for the forward pass: computed in the dtype of the weight, or in autocast's, like any product."""
-        A, B = (factor[adapter].weight.to(dtype) for factor in (self.lora_A, self.lora_B))
-        return masked(self._product(A, B, adapter), self._bits(adapter)).to(dtype)
-
-    def _product(self, A: Tensor, B: Tensor, adapter: str) -> Tensor:
-        """c B A per expert; PEFT stores A as (E·r, in), expert major, and B as (out, r·E), expert minor."""
+    def _product(self, A: Tensor, B: Tensor) -> Tensor:
+        """B A per expert; PEFT stores A as (E·r, in), expert major, and B as (out, r·E), expert minor."""
         A = A.view(self.num_experts, -1, A.shape[-1])
-        B = (B * self.scaling[adapter]).view(B.shape[0], -1, self.num_experts)
+        B = B.view(B.shape[0], -1, self.num_experts)
         swapped = self._did_swap_in_out_features  # the stack is (E, out, in)
         return torch.einsum("ore,eri->eoi" if swapped else "ore,eri->eio", B, A)
 
@@ -264,8 +302,7 @@ class ParamWrapper(_MaskedLayer, lora.ParamWrapper):
             yield
             return
         experts, weight = self.get_base_layer(), self._parameter()
-        deltas = [self._delta_in(weight.dtype, name) for name in names]
-        parametrize.register_parametrization(experts, self.parameter_name, _Added(sum(deltas[1:], deltas[0])))
+        parametrize.register_parametrization(experts, self.parameter_name, self._change(names))
         original = experts.parametrizations[self.parameter_name].original
         original.requires_grad_(weight.requires_grad)
         try:
@@ -278,10 +315,10 @@ class ParamWrapper(_MaskedLayer, lora.ParamWrapper):
         return f"mask_{super().__repr__()}"
 
 
-MaskLoraExperts = ParamWrapper
+MaskedExperts = ParamWrapper
 
 
-class _Added(nn.Module):
+class Added(nn.Module):
     """Parametrization W + Δ."""
 
     def __init__(self, delta: Tensor) -> None:
@@ -289,4 +326,5 @@ class _Added(nn.Module):
         self.delta = delta
 
     def forward(self, weight: Tensor) -> Tensor:
+        """The stack with Δ."""
         return weight + self.delta

@@ -1,60 +1,66 @@
-"""Which tensors a MaskLoRA adapter works on, checked before anything of the model is touched.
+"""Which tensors a masked adapter works on, checked before anything of the model is touched.
 
 `prepare` turns `target_modules="pruned"` into the modules that have a mask, and checks that each target is a layer that
-MaskLoRA can handle and that masks, weights and, for a saved adapter, digests fit together.
+the method can handle and that masks, weights, ranks and, for a saved adapter, digests fit together.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
 
-import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
-from torch import nn
-from transformers.pytorch_utils import Conv1D
+from peft.utils.other import get_pattern_key
+from torch import Tensor, nn
 
-from sparse_ft.adapters.mask_lora_layer import MaskLoraExperts, MaskLoraLinear
+from sparse_ft.adapters.masked_config import PRUNED, MaskedLoraConfig
+from sparse_ft.adapters.masked_layer import MaskedLayer
 from sparse_ft.masks import MASKS_FILE, MaskSet, pack_bits
+from sparse_ft.masks.mask_set import tensor_digest
 from sparse_ft.models import canonical_name, find_targets, named_weights
 
-if TYPE_CHECKING:
-    from sparse_ft.adapters.mask_lora import MaskLoraConfig
-
-PRUNED = "pruned"
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+LayerFor = Callable[..., type[MaskedLayer] | None]  # see `MaskedLoraModel.layer_for`
 
 
-def prepare(config: MaskLoraConfig, model: nn.Module) -> None:
+def prepare(config: MaskedLoraConfig, model: nn.Module, layer_for: LayerFor) -> None:
     """Resolve the targets of a config, check them, and record masks and digests of just these tensors in the config.
 
     Args:
-        config: changed in place, as PEFT does: `target_modules`, `target_parameters`, `masks` and the digests.
+        config: changed in place, as PEFT does: `target_modules`, `target_parameters`, `dense_modules`, `masks` and the
+            digests.
         model: the model without `PeftModel` around it; it may have adapters already.
+        layer_for: (module, weight, dense=...) to the class that adapts it, None if it cannot be adapted.
 
     Raises:
-        ValueError: if a target has no mask, a wrong shape, an unsupported layer or shared weights, if adapters are
-            merged, or if masks or weights are not those a saved adapter was made for.
+        ValueError: if a target has no mask, a wrong shape, an unsupported layer, shared weights or too small a rank, if
+            adapters are merged, or if masks or weights are not those a saved adapter was made for.
         FileNotFoundError: if a saved adapter's masks cannot be found.
         RuntimeError: if a pruned weight is not zero.
     """
-    parts = _Parts(model)
-    names = _masked_names(config) if config.target_modules == PRUNED else _listed_names(config, model, parts)
+    parts = _Parts(model, config.METHOD, layer_for)
+    dense = _dense_modules(config, parts)
+    names = _masked_names(config) if config.target_modules == PRUNED else _listed_names(config, model, parts, dense)
     masks = config.masks if config.masks is not None else _find_masks(config, model, names)
     for name in names:
         _check_mask(name, masks, parts)
-        parts.check(name, is_stack=len(masks.shape(name)) == 3)
+        parts.check(name, dense=False)
+        _check_rank(config, name, masks.shape(name))
+    for module in dense:
+        if f"{module}.weight" in masks:
+            raise ValueError(f"'{module}' has a mask, so it is no dense module; leave it out of dense_modules.")
+        parts.check(f"{module}.weight", dense=True)
+        _check_rank(config, f"{module}.weight", parts.modules[module].get_parameter("weight").shape)
     masks = _only(masks, names)
     masks.verify(model)
-    config.record(masks, bits_digest(masks), masks.weights_digest(model))
-    if config.target_modules == PRUNED:
-        config.target_modules = {name.removesuffix(".weight") for name in names if len(masks.shape(name)) == 2}
-    config.target_parameters = [name for name in names if len(masks.shape(name)) == 3] or None
+    if any(len(masks.shape(name)) == 3 for name in names) and config.lora_dropout:
+        raise ValueError("lora_dropout does not work on fused experts; set it to 0, or exclude the experts.")
+    config.record(masks, bits_digest(masks), _weights_digest(masks, model, dense))
+    _set_targets(config, masks, names, dense)
 
 
 def bits_digest(masks: MaskSet) -> str:
@@ -65,10 +71,34 @@ def bits_digest(masks: MaskSet) -> str:
     return sha.hexdigest()
 
 
+def _weights_digest(masks: MaskSet, model: nn.Module, dense: list[str]) -> str:
+    """`MaskSet.weights_digest`, and over the dense modules where there are any."""
+    digest = masks.weights_digest(model)
+    if not dense:
+        return digest
+    weights = named_weights(model)
+    parts = [f"{module}|{tensor_digest(weights[f'{module}.weight'])}" for module in dense]
+    return hashlib.sha256("|".join([digest, *parts]).encode()).hexdigest()
+
+
+def _set_targets(config: MaskedLoraConfig, masks: MaskSet, names: list[str], dense: list[str]) -> None:
+    """Tell PEFT what to adapt: names it matches, and stacks by parameter."""
+    if config.target_modules == PRUNED:
+        config.target_modules = {name.removesuffix(".weight") for name in names if len(masks.shape(name)) == 2}
+    new = [name for name in dense if not config.target_modules or not check_target_module_exists(config, name)]
+    if new and isinstance(config.target_modules, str):
+        config.target_modules = "|".join([f"(?:{config.target_modules})", *(re.escape(name) for name in new)])
+    elif new:
+        config.target_modules = {*(config.target_modules or ()), *new}
+    config.dense_modules = dense or None
+    config.target_parameters = [name for name in names if len(masks.shape(name)) == 3] or None
+
+
 class _Parts:
     """A model taken apart: plain modules and adapted layers by canonical name, and weights that modules share."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, method: str, layer_for: LayerFor) -> None:
+        self.method, self.layer_for = method, layer_for
         self.modules: dict[str, nn.Module] = {}
         self.adapted: dict[str, BaseTunerLayer] = {}
         owners: Counter[int] = Counter()
@@ -85,26 +115,31 @@ class _Parts:
         inside = tuple(f"{name}." for name in self.adapted)
         return (name for name in self.modules if name and not name.startswith(inside))
 
-    def check(self, name: str, *, is_stack: bool) -> None:
+    def layer_of(self, name: str, *, dense: bool = False) -> type[MaskedLayer] | None:
+        """The class of layer for a parameter, None if it cannot be adapted."""
+        owner, _, attribute = name.rpartition(".")
+        weight = getattr(self.modules[owner], attribute, None)
+        return self.layer_for(self.modules[owner], weight, dense=dense) if isinstance(weight, Tensor) else None
+
+    def check(self, name: str, *, dense: bool) -> None:
         """Raise one sentence if the parameter cannot be adapted."""
         owner, _, attribute = name.rpartition(".")
-        module, layer = self.modules[owner], self.adapted.get(owner)
-        weight: torch.Tensor = getattr(module, attribute)
-        runs_as_linear = type(module).forward in (nn.Linear.forward, Conv1D.forward)
-        if weight.dtype not in _FLOATS or not (is_stack or runs_as_linear):
+        module, layer, wanted = self.modules[owner], self.adapted.get(owner), self.layer_of(name, dense=dense)
+        weight = getattr(module, attribute, None)
+        if wanted is None or weight is None:
             raise ValueError(
-                f"MaskLoRA does not support '{owner}' of type {type(module).__name__} with {weight.dtype} weights, "
-                f"only floating point nn.Linear, Conv1D and fused experts; load the model without quantization, or "
-                f"exclude the module."
+                f"{self.method} does not support '{owner}' of type {type(module).__name__} with "
+                f"{getattr(weight, 'dtype', 'no')} weights, only floating point nn.Linear, Conv1D and fused experts; "
+                f"load the model without quantization, or exclude the module."
             )
         if weight.is_meta:
             raise ValueError(f"The weight of '{owner}' is on the meta device; load it into memory before adapting it.")
         if id(weight) in self.shared:
             raise ValueError(
                 f"'{name}' is shared with another module, which merging the adapter would change too; untie the "
-                f"weights, or exclude '{owner}'."
+                f"weights, or leave '{owner}' out."
             )
-        if layer is not None and not isinstance(layer, (MaskLoraLinear, MaskLoraExperts)):
+        if layer is not None and type(layer) is not wanted:
             raise ValueError(
                 f"'{owner}' has an adapter of another method ({type(layer).__name__}); merge or delete that one first."
             )
@@ -112,12 +147,39 @@ class _Parts:
             raise ValueError(f"Adapter {layer.merged_adapters} is merged into '{owner}'; unmerge it before adding one.")
 
 
-def _masked_names(config: MaskLoraConfig) -> list[str]:
+def _dense_modules(config: MaskedLoraConfig, parts: _Parts) -> list[str]:
+    """Full names of what `dense_modules` selects, a name or the end of one, in order."""
+    modules = set()
+    for wanted in config.dense_modules or ():
+        found = [name for name in parts.outside_adapters() if name == wanted or name.endswith(f".{wanted}")]
+        if not found:
+            raise ValueError(f"The model has no module '{wanted}', which dense_modules names; leave it out.")
+        modules.update(found)
+    for module in modules:
+        if _is_excluded(config, module):
+            raise ValueError(
+                f"'{module}' is in dense_modules and in exclude_modules or modules_to_save; name it in one of them."
+            )
+    return sorted(modules)
+
+
+def _check_rank(config: MaskedLoraConfig, name: str, shape: tuple[int, ...]) -> None:
+    """Raise one sentence if the rank exceeds what a matrix of this shape can have."""
+    key = name if len(shape) == 3 else name.removesuffix(".weight")
+    r, limit = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), key), config.r), min(shape[-2:])
+    if r > limit:
+        raise ValueError(
+            f"r={r} is more than the rank {limit} that '{key}' of shape {shape} can have; lower r, or give this module "
+            f"its own in rank_pattern."
+        )
+
+
+def _masked_names(config: MaskedLoraConfig) -> list[str]:
     """What `"pruned"` means: every tensor with a mask that keeps something, unless excluded."""
     if config.masks is None:
         raise ValueError(
-            "MaskLoraConfig(target_modules='pruned') needs the masks; pass masks=MaskSet.from_zeros(model), or what "
-            "sparse_ft.prune returned."
+            f"{type(config).__name__}(target_modules='pruned') needs the masks; pass masks=MaskSet.from_zeros(model), "
+            f"or what sparse_ft.prune returned."
         )
     counts = config.masks.counts()
     empty = [name for name, (kept, _) in counts.items() if kept == 0]
@@ -132,7 +194,7 @@ def _masked_names(config: MaskLoraConfig) -> list[str]:
     return names
 
 
-def _is_excluded(config: MaskLoraConfig, module: str) -> bool:
+def _is_excluded(config: MaskedLoraConfig, module: str) -> bool:
     """PEFT's rule for `exclude_modules` and `modules_to_save`, asked with this module as the only target."""
     asked = SimpleNamespace(
         exclude_modules=config.exclude_modules,
@@ -143,14 +205,16 @@ def _is_excluded(config: MaskLoraConfig, module: str) -> bool:
     return not check_target_module_exists(asked, module)
 
 
-def _listed_names(config: MaskLoraConfig, model: nn.Module, parts: _Parts) -> list[str]:
+def _listed_names(config: MaskedLoraConfig, model: nn.Module, parts: _Parts, dense: list[str]) -> list[str]:
     """The parameters that listed `target_modules` and `target_parameters` select, matched as PEFT does."""
     if config.target_modules == "all-linear":
-        raise ValueError("MaskLoRA does not take target_modules='all-linear'; use 'pruned', or list the modules.")
+        raise ValueError(
+            f"{config.METHOD} does not take target_modules='all-linear'; use 'pruned', or list the modules."
+        )
     names = []
     if config.target_modules:
-        matching = (name for name in parts.outside_adapters() if check_target_module_exists(config, name))
-        names = [f"{name}.weight" for name in matching]
+        outside = (name for name in parts.outside_adapters() if name not in dense)
+        names = [f"{name}.weight" for name in outside if check_target_module_exists(config, name)]
     wanted = tuple(config.target_parameters or ())
     tails = tuple(f".{name}" for name in wanted)
     names += [name for name in named_weights(model) if name in wanted or name.endswith(tails)]
@@ -167,14 +231,13 @@ def _check_mask(name: str, masks: MaskSet, parts: _Parts) -> None:
     if name not in masks:
         raise ValueError(
             f"Target '{name.removesuffix('.weight')}' has no mask; list pruned layers only, use "
-            f"target_modules='pruned', or give a dense layer a mask that is True everywhere."
+            f"target_modules='pruned', or name it in dense_modules."
         )
     owner, _, attribute = name.rpartition(".")
     weight = getattr(parts.modules.get(owner), attribute, None)
     if weight is None:
         raise ValueError(f"The model has no tensor '{name}' but there is a mask for it. Another model's masks?")
-    quantised = weight.dtype not in _FLOATS  # packed: `check` says so
-    if not quantised and tuple(weight.shape) != masks.shape(name):
+    if tuple(weight.shape) != masks.shape(name) and parts.layer_of(name) is not None:
         raise ValueError(
             f"Mask for '{name}' has shape {masks.shape(name)} but the weight has {tuple(weight.shape)}. Was it made "
             f"for another model?"
@@ -193,16 +256,17 @@ def _only(masks: MaskSet, names: list[str]) -> MaskSet:
     )
 
 
-def _find_masks(config: MaskLoraConfig, model: nn.Module, names: list[str]) -> MaskSet:
+def _find_masks(config: MaskedLoraConfig, model: nn.Module, names: list[str]) -> MaskSet:
     """Masks of a saved adapter whose directory is not known here (transformers' `load_adapter`), found by their digest.
 
     Raises:
         ValueError: if the config is not a saved adapter's.
         FileNotFoundError: if neither the base model's directory nor its zeros give these masks.
     """
+    config_name = type(config).__name__
     if config.masks_digest is None:
         raise ValueError(
-            "MaskLoraConfig needs the masks; pass masks=MaskSet.from_zeros(model), or what prune returned."
+            f"{config_name} needs the masks; pass masks=MaskSet.from_zeros(model), or what prune returned."
         )
     for candidate in _candidates(model, names):
         if all(name in candidate for name in names):
@@ -211,7 +275,7 @@ def _find_masks(config: MaskLoraConfig, model: nn.Module, names: list[str]) -> M
                 return masks
     raise FileNotFoundError(
         f"The adapter's masks ({config.masks_digest[:12]}) are neither beside the base model nor its zeros; load the "
-        f"config with MaskLoraConfig.from_pretrained(<adapter directory>) and pass it as peft_config."
+        f"config with {config_name}.from_pretrained(<adapter directory>) and pass it as peft_config."
     )
 
 

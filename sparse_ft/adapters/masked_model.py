@@ -1,0 +1,128 @@
+"""The tuner of all masked adapters: PEFT's LoraModel with masked layers, and every check before the first change."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import LoraModel
+from peft.tuners.lora.layer import LoraLayer
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from sparse_ft.adapters.masked_config import MaskedLoraConfig
+from sparse_ft.adapters.masked_layer import AdapterMask, MaskedExperts, MaskedLayer, PlainLinear
+from sparse_ft.adapters.targets import prepare
+from sparse_ft.models import canonical_name
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_NO_FINGERPRINT = (
+    "The adapter's tensors for '{}' were not saved by {}, for they have no fingerprint of mask and base; load a "
+    "directory that save_pretrained wrote."
+)
+
+
+class MaskedLoraModel(LoraModel):
+    """Base of the tuners. A method names its layers."""
+
+    prefix = "lora_"
+    linear_layer: type[MaskedLayer]
+    experts_layer: type[MaskedExperts]
+    dense_layer: type[MaskedLayer] = PlainLinear
+
+    @classmethod
+    def layer_for(cls, module: nn.Module, weight: Tensor, *, dense: bool) -> type[MaskedLayer] | None:
+        """The class of layer that adapts this weight of a plain module, or None if there is none.
+
+        Args:
+            module: `nn.Linear`, Conv1D or fused experts.
+            weight: the parameter to adapt; a stack of experts has three dimensions.
+            dense: the module is one of `dense_modules`.
+        """
+        if weight.dtype not in _FLOATS:
+            return None
+        if weight.ndim == 3:
+            return None if dense else cls.experts_layer
+        if type(module).forward not in (nn.Linear.forward, Conv1D.forward):
+            return None
+        return cls.dense_layer if dense else cls.linear_layer
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Check the adapter's targets, then add its layers to the model in place.
+
+        Raises:
+            ValueError, FileNotFoundError, RuntimeError: see `targets.prepare`.
+        """
+        prepare(self.peft_config[adapter_name], model, self.layer_for)
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+
+    def _create_and_replace(
+        self,
+        lora_config: MaskedLoraConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        *,
+        parameter_name: str | None = None,
+    ) -> None:
+        super()._create_and_replace(
+            lora_config, adapter_name, target, target_name, parent, current_key, parameter_name=parameter_name
+        )
+        # an adapter added to a layer that is adapted already stays on that layer
+        layer = next(
+            layer
+            for layer in (target, getattr(parent, target_name))
+            if isinstance(layer, MaskedLayer)
+            and getattr(layer, "parameter_name", None) == parameter_name
+            and adapter_name in layer.lora_A
+        )
+        name = canonical_name(current_key if parameter_name else f"{current_key}.weight")
+        layer.set_mask(adapter_name, AdapterMask(name, lora_config.mask_of(name), lora_config.made_for()))
+
+    def _create_new_module(
+        self, lora_config: MaskedLoraConfig, adapter_name: str, target: nn.Module, **kwargs: Any
+    ) -> LoraLayer:
+        parameter_name = kwargs.pop("parameter_name", None)
+        if parameter_name is not None:
+            kwargs["parameter_name"] = parameter_name
+        base = target.get_base_layer() if isinstance(target, LoraLayer) else target
+        weight = getattr(base, parameter_name or "weight")
+        dense = lora_config.is_dense(canonical_name(f"{kwargs['target_name']}.weight"))
+        layer = self.layer_for(base, weight, dense=dense)
+        assert layer is not None, "prepare() refuses these"
+        return layer(target, adapter_name, config=lora_config, **kwargs)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: MaskedLoraConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
+            model, config, adapter_name, state_dict
+        )
+        for name, module in model.named_modules():
+            if isinstance(module, AdapterMask) and name.endswith(f".{adapter_name}"):
+                saved = remapped.get(f"{name}.fingerprint")
+                problem = (
+                    _NO_FINGERPRINT.format(module.name, config.METHOD) if saved is None else module.mismatch(saved)
+                )
+                if problem:
+                    raise RuntimeError(problem)
+        return remapped
+
+    @classmethod
+    def _convert_state_dict_for_initial_model(
+        cls, peft_model: nn.Module, peft_config: MaskedLoraConfig, *args: Any
+    ) -> dict[str, Tensor]:
+        raise ValueError(
+            f"path_initial_model_for_weight_conversion is of no use to {peft_config.METHOD}: it never changes the base."
+        )
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Not supported.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("Masked adapters cannot be combined by their factors; activate several with set_adapter.")
