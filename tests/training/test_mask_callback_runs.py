@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -308,31 +305,30 @@ def test_sparsity_is_logged(sparse_model: SparseModel, make_trainer: MakeTrainer
     assert "sparsity/total" not in trainer.state.log_history[-1], "nothing is measured outside training"
 
 
-# -- more than one process ---------------------------------------------------------------------------------------------
+# -- what shards the model ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.distributed
-@pytest.mark.slow
-def test_two_processes_are_refused(tmp_path: Path) -> None:
-    script = Path(__file__).with_name("killed_run.py")
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node=2",
-            script,
-            tmp_path,
-            "never",
-        ],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "PYTHONPATH": str(script.parent.parent.parent), "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode != 0
-    assert (
-        "ValueError: MaskCallback works in one process without sharding, got 2 processes and MULTI_CPU" in done.stderr
-    )
-    assert not list(tmp_path.glob("checkpoint-*"))
+@pytest.mark.parametrize("strategy", ["DeepSpeed", "FSDP", "Megatron-LM"])
+def test_sharding_is_refused_before_the_first_step(
+    strategy: str,
+    sparse_model: SparseModel,
+    make_trainer: MakeTrainer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, masks = sparse_model()
+    before = copies(model)
+    trainer = make_trainer(model, [MaskCallback(masks)])
+    variable = strategy.replace("Megatron-LM", "Megatron_LM").upper()
+    monkeypatch.setenv(f"ACCELERATE_USE_{variable}", "true")  # as `accelerate launch` does
+    with pytest.raises(ValueError, match=f"run under {strategy}, which shards it; start with plain `python`"):
+        trainer.train()
+    assert all(torch.equal(weight, before[name]) for name, weight in copies(model).items())
+    assert not (tmp_path / "run").exists() or not list((tmp_path / "run").glob("checkpoint-*"))
+
+
+def test_a_model_sharded_when_it_was_loaded_is_refused(sparse_model: SparseModel, make_trainer: MakeTrainer) -> None:
+    model, masks = sparse_model()
+    model.model.norm.weight.placements = ("Shard(0)",)  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match=r"'model\.norm\.weight' is sharded among processes"):
+        make_trainer(model, [MaskCallback(masks)]).train()

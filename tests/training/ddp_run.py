@@ -1,0 +1,204 @@
+"""Masked training by several processes, `torchrun --nproc_per_node 2 ddp_run.py DIRECTORY`, and the same in one.
+
+Every case leaves `DIRECTORY/<case>/<process>.safetensors`, its final weights, and `<process>.json`, what was logged or
+raised. `run_case` is also called by the tests themselves, in one process, with the same rows in each optimizer step.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import get_peft_model
+from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+
+from sparse_ft.adapters import MaskLoraConfig
+from sparse_ft.masks import MaskSet
+from sparse_ft.models import find_targets, named_weights
+from sparse_ft.training import MaskCallback, latest_complete_checkpoint
+
+CHECKPOINTING = next(n for n in ("activation_checkpointing", "gradient_checkpointing") if hasattr(TrainingArguments, n))
+RESUMED_AT = 2
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is trained, and how: an adapter, or all parameters with one of `trains` in their names."""
+
+    adapter: bool = False
+    trains: tuple[str, ...] = ("",)
+    dropout: float = 0.0
+    masks_from_zeros: bool = False
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+
+SGD = {"optim": "sgd", "optim_args": "momentum=0.9", "learning_rate": 0.3}
+CASES = {
+    "full": Case(masks_from_zeros=True, arguments={"max_grad_norm": 0.5}),
+    "full, adafactor": Case(arguments={"optim": "adafactor"}),
+    "full, two micro-batches": Case(arguments={"gradient_accumulation_steps": 2, **SGD}),
+    "mask_lora": Case(adapter=True),
+    "mask_lora, checkpointing": Case(adapter=True, arguments={CHECKPOINTING: True}),
+    "norms": Case(trains=("norm",)),
+    "biases and head": Case(trains=("bias", "lm_head")),
+    "resumed": Case(dropout=0.1, arguments={"save_strategy": "steps", "save_steps": RESUMED_AT}),
+    "resumed adapter": Case(adapter=True, dropout=0.1, arguments={"save_strategy": "steps", "save_steps": RESUMED_AT}),
+}
+
+
+class Rows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
+    """Rows of random token ids, the same in every process."""
+
+    def __init__(self, count: int = 40) -> None:
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        ids = torch.randint(3, 64, (10,), generator=torch.Generator().manual_seed(index))
+        return {"input_ids": ids, "labels": ids}
+
+
+def sparse_model(case: Case, seed: int = 0) -> tuple[Any, MaskSet]:
+    """A small Llama with biases, pruned to 60%, and what the case trains of it."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        attention_dropout=case.dropout, attention_bias=True, mlp_bias=True, bos_token_id=0, eos_token_id=1,
+        pad_token_id=2,
+    )  # fmt: skip
+    model: Any = LlamaForCausalLM(config)
+    weights = named_weights(model)
+    scores = {target.name: weights[target.name].detach().abs() for target in find_targets(model)}
+    masks = MaskSet.from_scores(scores, sparsity=0.6).apply_(model)
+    if case.adapter:
+        return get_peft_model(model, MaskLoraConfig(r=4, masks=masks, task_type="CAUSAL_LM")), masks
+    for name, weight in weights.items():
+        weight.requires_grad_(any(part in name for part in case.trains))
+    return model, masks
+
+
+class StopAt(TrainerCallback):
+    """Stands for a run that is cut off after a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = state.global_step >= self.step
+
+
+def make_trainer(
+    case: Case, model: PreTrainedModel, directory: Path, callbacks: list[Any], *, together: int = 1, **more: Any
+) -> Trainer:
+    """A Trainer over the rows; `together` multiplies the micro-batches per step, for fewer processes."""
+    arguments: dict[str, Any] = {
+        "use_cpu": True,
+        "max_steps": 4,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-2,
+        "weight_decay": 0.1,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        **case.arguments,
+        **more,
+    }
+    arguments["gradient_accumulation_steps"] = together * arguments.get("gradient_accumulation_steps", 1)
+    return Trainer(
+        model=model,
+        args=TrainingArguments(output_dir=str(directory), **arguments),
+        train_dataset=Rows(),
+        callbacks=callbacks,
+    )
+
+
+def run_case(name: str, directory: Path, **more: Any) -> tuple[Any, MaskSet, list[dict[str, float]]]:
+    """Train one case in this process, which may be one of several: the model, its masks, and the logs.
+
+    Only process 0 has the right weights in the first case, and none has the masks.
+    """
+    case, seed = CASES[name], 0
+    if case.masks_from_zeros and not more:
+        seed = int(os.environ.get("RANK", "0"))
+    model, masks = sparse_model(case, seed)
+    callback = MaskCallback(None if case.masks_from_zeros else masks)
+    trainer = make_trainer(case, model, directory, [callback], **more)
+    trainer.train()
+    assert callback.masks is not None
+    return model, callback.masks, trainer.state.log_history
+
+
+def run_resumed(name: str, directory: Path) -> tuple[Any, MaskSet]:
+    """Train a case up to its checkpoint, and again from there to the end."""
+    case = CASES[name]
+    for stop in ([StopAt(RESUMED_AT)], []):
+        model, masks = sparse_model(case)
+        found = latest_complete_checkpoint(directory)
+        assert (found is None) == bool(stop)
+        trainer = make_trainer(case, model, directory, [MaskCallback(masks), *stop])
+        trainer.train(resume_from_checkpoint=found)
+    return model, masks
+
+
+def refusals(directory: Path, rank: int) -> dict[str, str]:
+    """What each process hears when the masks differ between them, and when a pruned weight lives at a save."""
+    heard = {}
+    case = CASES["full, adafactor"]
+    for name, seed, callbacks in (
+        ("other masks", rank, []),
+        ("revived", 0, [Vandal()]),
+    ):
+        model, masks = sparse_model(case, seed)
+        saving = {"save_strategy": "steps", "save_steps": 1}
+        trainer = make_trainer(case, model, directory / name, [MaskCallback(masks), *callbacks], **saving)
+        try:
+            trainer.train()
+        except (ValueError, RuntimeError) as error:
+            heard[name] = f"{type(error).__name__}: {error}"
+        torch.distributed.barrier()
+    return heard
+
+
+class Vandal(TrainerCallback):
+    """Revives a weight in the second step, after MaskCallback has looked and before the Trainer saves."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: PreTrainedModel, **kwargs: Any) -> None:
+        if state.global_step == 2:
+            weight = named_weights(model)["model.layers.0.mlp.up_proj.weight"].detach()
+            weight[weight == 0] = 1e-3
+
+
+def leave(directory: Path, rank: int, model: Any, more: dict[str, Any]) -> None:
+    """Write what one process ended with."""
+    directory.mkdir(parents=True, exist_ok=True)
+    weights = {name: weight.detach().clone() for name, weight in named_weights(model).items()}
+    save_file(weights, directory / f"{rank}.safetensors")
+    (directory / f"{rank}.json").write_text(json.dumps(more))
+
+
+def main(directory: Path) -> None:
+    """Every case in turn."""
+    torch.set_num_threads(1)
+    rank = int(os.environ["RANK"])
+    for name, case in CASES.items():
+        model, masks, logs = run_case(name, directory / name / "run")
+        leave(directory / name, rank, model, {"masks": masks.digest(), "logs": logs})
+        if case.dropout:
+            again = f"{name}, again"
+            model, masks = run_resumed(name, directory / again / "run")
+            leave(directory / again, rank, model, {"masks": masks.digest()})
+    heard = refusals(directory / "refusals", rank)
+    (directory / "refusals" / f"{rank}.json").write_text(json.dumps(heard))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
