@@ -121,14 +121,25 @@ class PruneArguments:
 class RetrainArguments:
     """What is trained."""
 
-    method: str = option("mask_lora", "mask_lora (adapters under the mask, merged at the end) or full")
+    method: str = option(
+        "mask_lora",
+        "full (every weight), or parts joined by +: one adapter under the mask, merged at the end (mask_lora, "
+        "scale_lora, lora_prune), and groups of parameters (biases, norms, head, embeddings)",
+    )
     train_split: str = option("train", "split of --dataset to train on; a `datasets` name takes slices, train[:5000]")
-    r: int = option(16, "mask_lora: rank of the adapters")
-    lora_alpha: int | None = option(None, "mask_lora: adapters are scaled by lora_alpha / r; by default 2 r")
+    r: int | None = option(None, "adapters and head: rank; by default 16")
+    lora_alpha: int | None = option(
+        None, "mask_lora, lora_prune, head: the update is scaled by lora_alpha / r; by default 2 r"
+    )
+    use_rslora: bool = option(False, "mask_lora, lora_prune, head: scale by lora_alpha / sqrt(r) instead")
+    lora_dropout: float | None = option(None, "lora_prune: share of the adapters' inputs dropped in training")
+    break_symmetry: bool = option(False, "scale_lora: start so that the rescaling can become more than rank 1")
     dtype: str = option(
         "auto", "dtype of the weights in training: float32, bfloat16, or auto (float32 for full, else as stored)"
     )
-    save_adapter: str | None = option(None, "mask_lora: also keep the adapter, unmerged, in this directory")
+    save_adapter: str | None = option(
+        None, "adapters and head: also keep the adapter, with its groups, unmerged, in this directory"
+    )
     overwrite: bool = option(False, "replace an output directory that is not empty")
     keep_run: bool = option(False, "keep <output_dir>.run with the training checkpoints after success")
 

@@ -2,7 +2,8 @@
 
     sparse-ft retrain --config perp/llama_2of4 --model_name_or_path S --output_dir R
 
-`--method mask_lora` trains adapters under the mask and merges them; `--method full` trains every weight that is left.
+`--method mask_lora` trains adapters under the mask and merges them; `--method full` trains every weight that is left;
+`--method norms`, `mask_lora+norms` and others train a small part (`cli.retrain_methods`).
 Everything else is `transformers.TrainingArguments`, unchanged. Checkpoints of the run live in `<output_dir>.run`
 until the result is whole; a killed run goes on with `--resume_from_checkpoint true` and ends with the same weights.
 """
@@ -11,17 +12,15 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import get_peft_model
 from torch import nn
 from transformers import (
-    PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
@@ -31,7 +30,6 @@ from transformers import (
 )
 from transformers.integrations import get_reporting_integration_callbacks
 
-from sparse_ft.adapters import MaskLoraConfig
 from sparse_ft.checkpoints import (
     atomic_directory,
     check_output_dir,
@@ -46,51 +44,22 @@ from sparse_ft.cli.arguments import (
     ModelArguments,
     RetrainArguments,
     TextArguments,
-    check_choice,
     parse,
 )
 from sparse_ft.cli.measuring import EvalText, choose_dtype, choose_eval_text, choose_length, measure
 from sparse_ft.cli.opening import is_causal, open_source
 from sparse_ft.cli.publishing import Outcome, plain_arguments, print_outcome, publish, written_weights
+from sparse_ft.cli.retrain_methods import Method, check_settings, choose_method, print_trainable
 from sparse_ft.cli.retrain_run import bare_resume_flag, decisive_settings, open_run, run_dir_of, run_identity
 from sparse_ft.cli.retrain_source import SparseModel, load_sparse_model
 from sparse_ft.data import training_dataset, windows
-from sparse_ft.masks import MaskSet
 from sparse_ft.models import load_config, load_tokenizer
 from sparse_ft.training import MaskCallback
 
-__all__ = ["METHODS", "Job", "Method", "run"]
+__all__ = ["Job", "run"]
 
 GROUPS = (ModelArguments, TextArguments, RetrainArguments, EvaluationArguments, TrainingArguments)
 TENSORBOARD = "runs"  # where transformers' TensorBoard callback writes, below the directory of the run
-
-
-@dataclass(frozen=True)
-class Method:
-    """A way to retrain.
-
-    Attributes:
-        prepare: `(model, masks, arguments) -> model to train`.
-        finish: turns the trained model into a plain one.
-        has_adapter: whether there is an adapter for `--save_adapter`.
-        dtype: name of the weights' dtype in training when `--dtype` is auto; `"auto"` is the stored one.
-    """
-
-    prepare: Callable[[PreTrainedModel, MaskSet, RetrainArguments], nn.Module]
-    finish: Callable[[Any], PreTrainedModel]
-    has_adapter: bool = False
-    dtype: str = "auto"
-
-
-def _with_mask_lora(model: PreTrainedModel, masks: MaskSet, how: RetrainArguments) -> nn.Module:
-    model.enable_input_require_grads()  # the embedding is frozen, and a checkpointed block needs an input with gradient
-    return get_peft_model(model, MaskLoraConfig(r=how.r, lora_alpha=how.lora_alpha, masks=masks, task_type="CAUSAL_LM"))
-
-
-METHODS: dict[str, Method] = {
-    "full": Method(lambda model, masks, how: model, lambda model: model, dtype="float32"),
-    "mask_lora": Method(_with_mask_lora, lambda model: model.merge_and_unload(), has_adapter=True),
-}
 
 
 @dataclass(frozen=True)
@@ -114,7 +83,7 @@ class Job:
     @property
     def method(self) -> Method:
         """The way to retrain."""
-        return METHODS[self.how.method]
+        return choose_method(self.how.method)
 
     def measure(self, model: nn.Module, label: str, kind: str) -> list[dict[str, Any]]:
         """The perplexity of a model as a list of one, or of none without a text."""
@@ -144,13 +113,11 @@ def run(argv: Sequence[str]) -> int:
 
 def _check(names: ModelArguments, text: TextArguments, how: RetrainArguments, training: TrainingArguments) -> Path:
     """What can be refused without reading a model; the output directory."""
-    method = METHODS[check_choice("method", how.method, list(METHODS))]
+    check_settings(choose_method(how.method), how, training)
     choose_dtype(how.dtype)
     inputs = [names.model_name_or_path]
     output_dir = check_output_dir(training.output_dir, inputs=inputs, overwrite=how.overwrite)
     if how.save_adapter is not None:
-        if not method.has_adapter:
-            raise ValueError(f"Method {how.method!r} has no adapter to save; leave out --save_adapter.")
         _check_apart(output_dir, Path(how.save_adapter))
         check_output_dir(how.save_adapter, inputs=inputs, overwrite=how.overwrite)
     if text.dataset is None:
@@ -180,7 +147,7 @@ def _read_job(groups: Sequence[Any], output_dir: Path, source: Path) -> Job:
         )
     tokenizer = load_tokenizer(source)
     length = choose_length(text.sequence_length, config, tokenizer)
-    return Job(
+    job = Job(
         names=names,
         how=how,
         evaluation=evaluation,
@@ -202,6 +169,8 @@ def _read_job(groups: Sequence[Any], output_dir: Path, source: Path) -> Job:
         ),
         sparse=load_sparse_model(source),
     )
+    job.method.check(job.sparse.model, job.sparse.masks, how, training)
+    return job
 
 
 def _take_reporters(training: TrainingArguments) -> list[TrainerCallback]:
@@ -227,7 +196,7 @@ def _retrain(job: Job, argv: Sequence[str]) -> int:
             evaluations=_before(job),
             previous=job.sparse.record,
         )
-        model, outcome.histories = _train(job, checkpoint)
+        model = _train(job, checkpoint, outcome)
         _finish(job, model, outcome)
     print_outcome(job.output_dir, masks, outcome.evaluations)
     return 0
@@ -247,15 +216,18 @@ def _before(job: Job) -> list[dict[str, Any]]:
     return alike[:1] + entries
 
 
-def _train(job: Job, checkpoint: str | None) -> tuple[nn.Module, dict[str, list[dict[str, Any]]]]:
-    """The trained model and, by method, the log of its training."""
+def _train(job: Job, checkpoint: str | None, outcome: Outcome) -> nn.Module:
+    """The trained model; the outcome learns what was trained and, by method, the log of the training."""
     how, masks = job.how, job.sparse.masks
     dtype = choose_dtype(job.method.dtype if how.dtype == "auto" else how.dtype)
     model = job.sparse.model if dtype == "auto" else job.sparse.model.to(dtype)
     set_seed(job.training.seed)
     evaluated = job.training.eval_strategy != "no" and job.eval_text is not None
+    prepared = job.method.prepare(model, masks, how)
+    outcome.trainable = job.method.trainable(prepared)
+    print_trainable(outcome.trainable)
     trainer = Trainer(
-        model=job.method.prepare(model, masks, how),
+        model=prepared,
         args=job.training,
         train_dataset=job.train_data,
         eval_dataset=_blocks(job) if evaluated else None,
@@ -264,7 +236,8 @@ def _train(job: Job, checkpoint: str | None) -> tuple[nn.Module, dict[str, list[
         callbacks=[MaskCallback(masks), *job.reporters],
     )
     trainer.train(resume_from_checkpoint=checkpoint)
-    return trainer.model, {how.method: trainer.state.log_history}
+    outcome.histories = {how.method: trainer.state.log_history}
+    return trainer.model
 
 
 def _blocks(job: Job) -> list[dict[str, Any]]:
@@ -299,7 +272,7 @@ def _write_adapter(job: Job, trained: Any, outcome: Outcome, directory: Path) ->
     base = str(job.source.resolve()) if local else job.names.model_name_or_path
     trained.peft_config[trained.active_adapter].base_model_name_or_path = base
     masks = job.sparse.masks
-    trained.save_pretrained(directory)
+    trained.save_pretrained(directory, save_embedding_layers=False)  # a head's LoRA, not the head
     record = make_record(
         masks,
         written_weights(job.source, masks),

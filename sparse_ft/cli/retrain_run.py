@@ -33,7 +33,10 @@ _DECISIVE = (
     "label_smoothing_factor", "neftune_noise_alpha", "train_sampling_strategy", "dataloader_drop_last",
     "load_best_model_at_end",
 )  # fmt: skip
-_OURS = ("method", "r", "lora_alpha", "dtype", "dataset", "dataset_config", "text_field", "train_split")
+_OURS = (
+    "method", "r", "lora_alpha", "use_rslora", "lora_dropout", "break_symmetry", "dtype", "dataset", "dataset_config",
+    "text_field", "train_split",
+)  # fmt: skip
 
 
 def bare_resume_flag(argv: Sequence[str]) -> list[str]:
