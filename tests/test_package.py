@@ -46,6 +46,7 @@ ONLY_IN = {
     "peft": ("adapters/", "cli/"),
     "trl": ("cli/", "training/"),
     "matplotlib": ("evaluation/",),
+    "lm_eval": ("evaluation/tasks.py",),
     "bitsandbytes": ("adapters/bitsandbytes.py",),
     "deepspeed": ("training/sharding.py",),
     "torch.distributed.fsdp": ("training/sharding.py",),

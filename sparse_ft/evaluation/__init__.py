@@ -1,4 +1,4 @@
-"""Numbers and pictures about a sparse model: perplexity with its protocol, sparsity tables, reports, plots."""
+"""Numbers and pictures about a sparse model: perplexity, zero-shot tasks, sparsity tables, reports, plots."""
 
 from sparse_ft.evaluation.perplexity import EvaluationProtocol, PerplexityResult, perplexity
 from sparse_ft.evaluation.plots import plot_curves
@@ -14,8 +14,10 @@ from sparse_ft.evaluation.report import (
     write_report,
 )
 from sparse_ft.evaluation.sparsity import SparsityRow, sparsity_table, sparsity_totals
+from sparse_ft.evaluation.tasks import PERP_TASKS, TaskResult, load_tasks, zero_shot
 
 __all__ = [
+    "PERP_TASKS",
     "REPORT_HTML",
     "REPORT_JSON",
     "ComparisonRow",
@@ -23,6 +25,8 @@ __all__ = [
     "PerplexityResult",
     "ReportData",
     "SparsityRow",
+    "TaskResult",
+    "load_tasks",
     "mask_sample",
     "perplexity",
     "plot_curves",
@@ -32,4 +36,5 @@ __all__ = [
     "sparsity_totals",
     "write_comparison",
     "write_report",
+    "zero_shot",
 ]

@@ -25,7 +25,7 @@ import inspect
 import math
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +33,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+from sparse_ft.evaluation.model_facts import (
+    class_name,
+    config_of,
+    dtype_line,
+    eval_mode,
+    sees_the_right,
+    short_dtype,
+    unwrapped,
+)
 
 # Logits are cast to fp32 this many values at a time (64 MiB), whatever the vocabulary and the batch.
 _LOGITS_PER_CHUNK = 2**24
@@ -131,7 +140,7 @@ def perplexity(
     count = (len(ids) - sequence_length) // stride + 1
     count = count if max_windows is None else min(count, max_windows)
     batches = list(_batches(count, sequence_length, stride, batch_size))
-    with _eval_mode(model):
+    with eval_mode(model):
         shown = tqdm(batches, desc="perplexity", unit="batch", disable=not progress or _rank() != 0, delay=2)
         total, tokens, not_finite = _sum_nll(model, ids, sequence_length, shown, dtype)
     if not_finite:
@@ -148,8 +157,8 @@ def perplexity(
         windows=count,
         tokens=tokens,
         text_tokens=len(ids),
-        dtype=_dtype_line(model, dtype),
-        attention=str(getattr(_config(model), "_attn_implementation", None) or "default"),
+        dtype=dtype_line(model, dtype),
+        attention=str(getattr(config_of(model), "_attn_implementation", None) or "default"),
         bos=_bos_line(model, ids),
     )
     return PerplexityResult(_exp(total / tokens), total / tokens, tokens, count, protocol)
@@ -169,16 +178,6 @@ def _sum_nll(
     return total, tokens, not_finite
 
 
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
-
-
 @torch.no_grad()
 def _token_nll(model: nn.Module, windows: Tensor, first_scored: int, dtype: torch.dtype | None) -> Tensor:
     """-log p of the tokens from position `first_scored` on, float64 on the CPU, flat.
@@ -191,7 +190,7 @@ def _token_nll(model: nn.Module, windows: Tensor, first_scored: int, dtype: torc
     device = _input_device(model)
     windows = windows.to(device)
     options: dict[str, Any] = {}
-    accepted = inspect.signature(_unwrapped(model).forward).parameters
+    accepted = inspect.signature(unwrapped(model).forward).parameters
     if "use_cache" in accepted:
         options["use_cache"] = False
     if needed < windows.shape[1] and "logits_to_keep" in accepted:
@@ -200,7 +199,7 @@ def _token_nll(model: nn.Module, windows: Tensor, first_scored: int, dtype: torc
         logits: Tensor = model(input_ids=windows, **options).logits
     if logits.ndim != 3 or logits.shape[0] != len(windows) or logits.shape[1] < needed:
         raise ValueError(
-            f"{_class_name(model)} gives logits of shape {tuple(logits.shape)} for token ids of shape "
+            f"{class_name(model)} gives logits of shape {tuple(logits.shape)} for token ids of shape "
             f"{tuple(windows.shape)}; perplexity needs a causal language model with logits (batch, length, vocabulary)."
         )
     rows = max(1, _LOGITS_PER_CHUNK // logits.shape[2])
@@ -236,10 +235,10 @@ def _check_sizes(length: int, stride: int, max_windows: int | None, batch_size: 
 
 
 def _check_model(model: nn.Module, length: int, dtype: torch.dtype | None) -> None:
-    config, name = _config(model), _class_name(model)
+    config, name = config_of(model), class_name(model)
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"{name} is an encoder-decoder but perplexity is for causal language models; pass one.")
-    if _sees_the_right(name, config):
+    if sees_the_right(name, config):
         raise ValueError(
             f"{name} predicts a token from both sides but perplexity is for causal language models; pass one."
         )
@@ -248,65 +247,33 @@ def _check_model(model: nn.Module, length: int, dtype: torch.dtype | None) -> No
         raise ValueError(f"sequence_length is {length} but {name} has {limit} positions; pass at most {limit}.")
     if dtype is not None and dtype not in (torch.bfloat16, torch.float16):
         raise ValueError(
-            f"Autocast cannot compute in {_short(dtype)}, only in bfloat16 or float16; "
+            f"Autocast cannot compute in {short_dtype(dtype)}, only in bfloat16 or float16; "
             f"leave dtype out to compute in the dtype of the weights."
         )
-
-
-def _sees_the_right(name: str, config: Any) -> bool:
-    """True for a masked LM, and for the LM head of a BERT-like family that was not made a decoder."""
-    if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
-        family_of_both = getattr(config, "model_type", None) in MODEL_FOR_MASKED_LM_MAPPING_NAMES
-        return family_of_both and getattr(config, "is_decoder", None) is False
-    return name in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()
 
 
 def _check_ids(model: nn.Module, ids: Tensor, length: int) -> None:
     if ids.ndim != 1 or ids.is_floating_point():
         raise ValueError(
-            f"ids is {_short(ids.dtype)} of shape {tuple(ids.shape)} but must be one text, int64 of shape (T,); "
+            f"ids is {short_dtype(ids.dtype)} of shape {tuple(ids.shape)} but must be one text, int64 of shape (T,); "
             f"pass ids[0] of a batch."
         )
     if len(ids) < length:
         raise ValueError(
             f"The text has {len(ids)} tokens but sequence_length is {length}; use a longer text or shorter windows."
         )
-    vocabulary = getattr(_config(model), "vocab_size", None)
+    vocabulary = getattr(config_of(model), "vocab_size", None)
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or (isinstance(vocabulary, int) and high >= vocabulary):
         raise ValueError(
-            f"The text holds token id {low if low < 0 else high} but {_class_name(model)} has a vocabulary of "
+            f"The text holds token id {low if low < 0 else high} but {class_name(model)} has a vocabulary of "
             f"{vocabulary}; tokenise it with the model's own tokenizer."
         )
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The transformers model inside PEFT, DistributedDataParallel or torch.compile."""
-    while True:
-        inner: Any = getattr(model, "_orig_mod", None)
-        base_of_adapter: Any = getattr(model, "get_base_model", None)
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            inner = model.module
-        elif base_of_adapter is not None:
-            inner = base_of_adapter()
-        if not isinstance(inner, nn.Module) or inner is model:
-            return model
-        model = inner
-
-
-def _class_name(model: nn.Module) -> str:
-    return type(_unwrapped(model)).__name__
-
-
-def _config(model: nn.Module) -> Any:
-    """The config of the text part of the model, None for a plain module."""
-    config: Any = getattr(_unwrapped(model), "config", None)
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
-
-
 def _input_device(model: nn.Module) -> torch.device:
     """Where token ids go: the embedding may lie on another device than the rest of the model."""
-    find_embeddings = getattr(_unwrapped(model), "get_input_embeddings", None)
+    find_embeddings = getattr(unwrapped(model), "get_input_embeddings", None)
     embeddings = find_embeddings() if find_embeddings is not None else None
     weight = embeddings.weight if isinstance(embeddings, nn.Embedding) else next(model.parameters(), torch.empty(0))
     return weight.device
@@ -316,18 +283,9 @@ def _autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContex
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
-def _dtype_line(model: nn.Module, dtype: torch.dtype | None) -> str:
-    weights = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    return f"{_short(weights)} weights" + ("" if dtype is None else f", {_short(dtype)} autocast")
-
-
 def _bos_line(model: nn.Module, ids: Tensor) -> str:
-    bos = getattr(_config(model), "bos_token_id", None)
+    bos = getattr(config_of(model), "bos_token_id", None)
     return "at the start of the text only" if isinstance(bos, int) and int(ids[0]) == bos else "not added"
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _rank() -> int:
