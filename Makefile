@@ -8,21 +8,26 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 
-.PHONY: help demo test lint docs bench
+.PHONY: help demo test test-eval lint docs bench
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo   train a small model, prune it, retrain it with the zeros kept, and write a report"
-	@echo "make test   the CPU test suite"
-	@echo "make lint   ruff, format check and mypy"
-	@echo "make docs   tables and plots from docs/results, then the site in site/"
-	@echo "make bench  every benchmark and quality script in tests/benchmarks (hours)"
+	@echo "make demo       train a small model, prune it, retrain it with the zeros kept, and write a report"
+	@echo "make test       the CPU test suite"
+	@echo "make test-eval  the tests of zero-shot tasks, with lm-evaluation-harness (a minute more to install)"
+	@echo "make lint       ruff, format check and mypy"
+	@echo "make docs       tables and plots from docs/results, then the site in site/"
+	@echo "make bench      every benchmark and quality script in tests/benchmarks (hours)"
 
 demo: $(STAMP)
 	$(BIN)/sparse-ft demo
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow and not distributed and not gpu"
+
+# Apart, because lm-eval brings some forty packages; without it `make test` skips these tests and says so.
+test-eval: $(STAMP)-eval
+	$(BIN)/python -m pytest -n auto --dist worksteal tests/evaluation/test_tasks.py tests/cli/test_eval_tasks.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -53,5 +58,9 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "Installing sparse_ft and the pinned versions of constraints.txt into .venv (a few minutes the first time)"
 	@$(PIP) pip
 	@$(PIP) hatchling editables
-	@$(PIP) --no-build-isolation --editable '.[report,dev,docs]'
+	@$(PIP) --no-build-isolation --editable '.[report,dev,docs,quant]'
+	@touch $@
+
+$(STAMP)-eval: $(STAMP)
+	@$(PIP) lm-eval
 	@touch $@
