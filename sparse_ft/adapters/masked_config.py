@@ -103,10 +103,10 @@ class MaskedLoraConfig(LoraConfig):
                 f"{self.METHOD} does not support init_lora_weights={self.init_lora_weights!r}, only "
                 f"{', '.join(first)} or {last}: the others change the base weights, which revives pruned ones."
             )
-        for where, r in {"r": self.r, **self.rank_pattern}.items():
+        ranks = {"r": self.r, **{f"rank_pattern[{key!r}]": r for key, r in self.rank_pattern.items()}}
+        for name, r in ranks.items():
             if type(r) is not int or r <= 0:
-                place = "r" if where == "r" else f"rank_pattern[{where!r}]"
-                raise ValueError(f"{self.METHOD} needs a rank of at least 1 as an integer, got {place}={r!r}.")
+                raise ValueError(f"{self.METHOD} needs an integer rank of at least 1, got {name}={r!r}.")
         if isinstance(self.dense_modules, str):
             raise ValueError(f"dense_modules is a list of names, got {self.dense_modules!r}; write ['lm_head'].")
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
+from sparse_ft.adapters.combining import Factors, concatenated, summed, truncated
 from sparse_ft.adapters.effective_weight import Weight
 from sparse_ft.adapters.mask_lora_function import mask_lora_delta
 from sparse_ft.masks import keep_bits, pack_bits
@@ -45,8 +46,13 @@ class AdapterMask(nn.Module):
         self.keep = keep_bits(mask)
         bits = pack_bits(mask.cpu()).numpy().tobytes()
         self._made_for = hashlib.sha256(f"{tuple(mask.shape)}|{made_for}|".encode() + bits).digest()
+        self._checked: Tensor | None = None  # the fingerprint that was found to be right
         self.register_buffer("fingerprint", torch.frombuffer(bytearray(self._made_for), dtype=torch.uint8))
-        self._checked = False
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "fingerprint":  # whoever asks for the buffer may write into it, as PEFT's hotswap does
+            self._checked = None
+        return super().__getattr__(name)
 
     def bits(self) -> Tensor:
         """`keep_bits` of the mask.
@@ -54,11 +60,13 @@ class AdapterMask(nn.Module):
         Raises:
             RuntimeError: if A and B were loaded from an adapter with another mask or another base.
         """
-        if not self._checked:
-            problem = self.mismatch(self.fingerprint)
+        fingerprint = self._buffers["fingerprint"]
+        if self._checked is not fingerprint:
+            assert fingerprint is not None
+            problem = self.mismatch(fingerprint)
             if problem:
                 raise RuntimeError(problem)
-            self._checked = True
+            self._checked = fingerprint
         return self.keep
 
     def mismatch(self, fingerprint: Tensor) -> str | None:
@@ -88,6 +96,7 @@ class MaskedLayer(lora.LoraLayer):
     """What linears and stacks share: masks by adapter, and an exact merge and unmerge."""
 
     method = "LoRA"  # as messages call it
+    num_experts = 1
     adapter_layer_names = (*lora.LoraLayer.adapter_layer_names, "lora_mask")
     _set_aside: tuple[Tensor, Tensor] | None = None  # bool mask and the weight's values there, while merged
 
@@ -128,15 +137,21 @@ class MaskedLayer(lora.LoraLayer):
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
         if not names:
             return
+        if safe_merge:
+            self.check_finite(names)
+        merged = self._merged(names)
         weight = self._parameter().data
-        set_aside = self._set_aside or self._values_at(self._bits(names[0]).bool())
-        total = self._total(self._unmerged(set_aside), [*self.merged_adapters, *names])
-        merged = total.to(weight.dtype)
-        if safe_merge and not torch.isfinite(merged).all():
-            raise ValueError(f"Merging adapter {names} gives weights that are not finite; the adapter is broken.")
+        self._set_aside = self._set_aside or self._values_at(self._bits(names[0]).bool())
         weight.copy_(merged)
-        self._set_aside = set_aside
         self.merged_adapters.extend(names)
+
+    @torch.no_grad()
+    def check_finite(self, adapter_names: list[str] | None = None) -> None:
+        """Raise ValueError if merging these adapters, by default the active ones, gives a weight that is not finite."""
+        wanted = self.active_adapters if adapter_names is None else adapter_names
+        names = [name for name in wanted if name in self.lora_A and name not in self.merged_adapters]
+        if names and not torch.isfinite(self._merged(names)).all():
+            raise ValueError(f"Merging adapter {names} gives weights that are not finite; the adapter is broken.")
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -151,26 +166,67 @@ class MaskedLayer(lora.LoraLayer):
         self._set_aside = None
         self.merged_adapters.clear()
 
+    def _merged(self, adapters: list[str]) -> Tensor:
+        """The weight with these adapters and those that are merged, in its own dtype."""
+        return self._total(self._unmerged(), [*self.merged_adapters, *adapters]).to(self._parameter().dtype)
+
     def _total(self, weight: Tensor, adapters: list[str]) -> Tensor:
         """W with all these adapters, from W without any in fp32 or wider, which may be overwritten."""
         for name in adapters:
             weight += self.get_delta_weight(name).to(weight)
         return weight
 
-    def _unmerged(self, set_aside: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    def _unmerged(self) -> Tensor:
         """A copy of the weight without any adapter, in fp32 or wider."""
         weight = self._parameter().data
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        set_aside = set_aside or self._set_aside
-        if set_aside is None:
+        if self._set_aside is None:
             return weight.to(dtype, copy=True)
-        kept, values = set_aside
+        kept, values = self._set_aside
         unmerged = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
         unmerged[kept] = values.to(unmerged)
         return unmerged
 
     def _values_at(self, kept: Tensor) -> tuple[Tensor, Tensor]:
         return kept, self._parameter().data[kept]
+
+    def factors(self, adapter: str) -> Factors:
+        """A and B of an adapter, expert by expert, and its scaling."""
+        A, B = self._wide(adapter)
+        # PEFT stores A as (E·r, in), expert major, and B as (out, r·E), expert minor
+        A = A.view(self.num_experts, -1, A.shape[-1])
+        B = B.view(B.shape[0], -1, self.num_experts).permute(2, 0, 1)
+        return Factors(A, B, self.scaling[adapter])
+
+    def set_factors(self, adapter: str, new: Factors) -> None:
+        """Replace A and B of an adapter; its scaling is taken out of B."""
+        A, B = self.lora_A[adapter], self.lora_B[adapter]
+        B.weight.data = (new.B * (new.weight / self.scaling[adapter])).permute(1, 2, 0).reshape(B.weight.shape)
+        A.weight.data = new.A.reshape(A.weight.shape)
+
+    @torch.no_grad()
+    def combination(self, adapters: dict[str, float], how: str, r: int | None) -> Factors:
+        """Those of these adapters that are on this layer as one.
+
+        Args:
+            adapters: weight by name.
+            how: "cat", exactly; "linear", see `summed`; or "svd", see `truncated`.
+            r: for "svd", the largest rank of an adapter by default.
+
+        Raises:
+            ValueError: for "linear" with unequal ranks.
+        """
+        parts = [self.factors(name) for name in adapters if name in self.lora_A]
+        weights = [weight for name, weight in adapters.items() if name in self.lora_A]
+        parts = [part._replace(weight=part.weight * w) for part, w in zip(parts, weights, strict=True)]
+        ranks = {part.A.shape[1] for part in parts}
+        if how == "cat":
+            return concatenated(parts)
+        if how == "svd":
+            return truncated(parts, r or max(ranks))
+        if len(ranks) > 1:
+            raise ValueError(f"combination_type='linear' needs equal ranks, got {sorted(ranks)}; use 'cat' or 'svd'.")
+        return summed(parts)
 
     def _parameter(self) -> nn.Parameter:
         raise NotImplementedError
@@ -289,7 +345,7 @@ class ParamWrapper(MaskedLayer, lora.ParamWrapper):
         raise NotImplementedError
 
     def _product(self, A: Tensor, B: Tensor) -> Tensor:
-        """B A per expert; PEFT stores A as (E·r, in), expert major, and B as (out, r·E), expert minor."""
+        """B A per expert from A (E·r, in) and B (out, r·E)."""
         A = A.view(self.num_experts, -1, A.shape[-1])
         B = B.view(B.shape[0], -1, self.num_experts)
         swapped = self._did_swap_in_out_features  # the stack is (E, out, in)

@@ -10,6 +10,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from sparse_ft.adapters.combining import combined_config
 from sparse_ft.adapters.masked_config import MaskedLoraConfig
 from sparse_ft.adapters.masked_layer import AdapterMask, MaskedExperts, MaskedLayer, PlainLinear
 from sparse_ft.adapters.targets import prepare
@@ -26,6 +27,7 @@ class MaskedLoraModel(LoraModel):
     """Base of the tuners. A method names its layers."""
 
     prefix = "lora_"
+    combinations: tuple[str, ...] = ("cat", "linear", "svd")
     linear_layer: type[MaskedLayer]
     experts_layer: type[MaskedExperts]
     dense_layer: type[MaskedLayer] = PlainLinear
@@ -119,10 +121,84 @@ class MaskedLoraModel(LoraModel):
             f"path_initial_model_for_weight_conversion is of no use to {peft_config.METHOD}: it never changes the base."
         )
 
-    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Not supported.
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge adapters into the weights; with `safe_merge` all of them or, if one is broken, none.
 
         Raises:
-            ValueError: always.
+            ValueError: with `safe_merge`, if a merged weight is not finite.
         """
-        raise ValueError("Masked adapters cannot be combined by their factors; activate several with set_adapter.")
+        self._check_finite(adapter_names, safe_merge)
+        super().merge_adapter(adapter_names)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        self._check_finite(adapter_names, merge and safe_merge)
+        model: nn.Module = super()._unload_and_optionally_merge(merge, progressbar, adapter_names=adapter_names)
+        return model
+
+    def _check_finite(self, adapter_names: list[str] | None, wanted: bool) -> None:
+        for layer in self.modules() if wanted else ():
+            if isinstance(layer, MaskedLayer):
+                layer.check_finite(adapter_names)
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+    ) -> None:
+        """Add an adapter that is the weighted sum of others with the same masks.
+
+        Args:
+            adapters: names.
+            weights: one for each.
+            adapter_name: of the new adapter; it is neither active nor trained yet.
+            combination_type: "cat" is exact and has the sum of the ranks; ScaleLoRA knows only this one, and adds 1 to
+                the rank. "svd" is the best approximation of rank `svd_rank` of the sum before masking. "linear" adds up
+                the factors of adapters of equal rank: small, and a rough approximation.
+            svd_rank: by default the largest rank among the adapters.
+
+        Raises:
+            ValueError: if names, weights, masks or ranks do not go together.
+        """
+        chosen = self._check_combination(adapters, weights, adapter_name, combination_type)
+        layers: dict[str, MaskedLayer] = {}
+        for layer in (module for module in self.modules() if isinstance(module, MaskedLayer)):
+            layers.update({str(layer.lora_mask[name].name): layer for name in chosen if name in layer.lora_A})
+        new = {name: layer.combination(chosen, combination_type, svd_rank) for name, layer in layers.items()}
+        ranks = {name: factors.A.shape[1] for name, factors in new.items()}
+        self.peft_config[adapter_name] = combined_config([self.peft_config[name] for name in chosen], ranks)
+        try:
+            self.inject_adapter(self.model, adapter_name)
+        except Exception:
+            del self.peft_config[adapter_name]
+            raise
+        for name, layer in layers.items():
+            layer.set_factors(adapter_name, new[name])
+            for factor in (layer.lora_A, layer.lora_B):
+                factor[adapter_name].requires_grad_(False)
+
+    def _check_combination(
+        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str
+    ) -> dict[str, float]:
+        """Weight by adapter."""
+        missing = [name for name in adapters if name not in self.peft_config]
+        if missing or not adapters:
+            raise ValueError(f"No adapters {missing} to combine; there are {sorted(self.peft_config)}.")
+        if len(adapters) != len(weights) or len(set(adapters)) != len(adapters):
+            raise ValueError(f"Give each adapter once and one weight for each, got {adapters} and {weights}.")
+        if adapter_name in self.peft_config:
+            raise ValueError(f"There is an adapter '{adapter_name}' already; choose another name, or delete it.")
+        if combination_type not in self.combinations:
+            method = self.peft_config[adapters[0]].METHOD
+            raise ValueError(
+                f"{method} does not support combination_type={combination_type!r}, only {', '.join(self.combinations)}."
+            )
+        return dict(zip(adapters, weights, strict=True))

@@ -33,6 +33,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import register_peft_method
 from torch import Tensor, nn
 
+from sparse_ft.adapters.combining import Factors, concatenated
 from sparse_ft.adapters.effective_weight import ordered_factors
 from sparse_ft.adapters.masked_config import REFUSED, MaskedLoraConfig
 from sparse_ft.adapters.masked_layer import MaskedExperts, MaskedLayer, MaskedLinear
@@ -98,8 +99,8 @@ class _ScaleLayer(MaskedLayer):
         """In fp32 whatever the base, for 1 / sqrt(r) in bf16 would be 0.4 percent off."""
         A, B = self.lora_A[adapter_name], self.lora_B[adapter_name]
         wide_A, wide_B = self._wide(adapter_name)
-        experts = A.weight.shape[0] // r  # stored as (experts, r) and (r, experts), see MaskedExperts
-        first, last = wide_A.view(experts, r, -1), wide_B.view(-1, r, experts)
+        # stored as (E·r, in) and (out, r·E), see `factors`
+        first, last = wide_A.view(self.num_experts, r, -1), wide_B.view(-1, r, self.num_experts)
         if break_symmetry:
             first[:, 0], last[:, 0] = 1, 1  # the rest is LoRA's own start: Kaiming and zero
         else:
@@ -119,6 +120,14 @@ class _ScaleLayer(MaskedLayer):
         """
         if scale != 1:
             raise ValueError(f"ScaleLoRA cannot be scaled by {scale}: {_NO_SCALE}.")
+
+    @torch.no_grad()
+    def combination(self, adapters: dict[str, float], how: str, r: int | None) -> Factors:
+        """W ∘ (Σ w (B A - 1)) is W ∘ (Σ w B A - Σ w): exact with one more component, the constant 1 - Σ w."""
+        both = super().combination(adapters, how, r)
+        rest = 1 - sum(weight for name, weight in adapters.items() if name in self.lora_A)
+        constant = Factors(torch.ones_like(both.A[:, :1]), torch.ones_like(both.B[:, :, :1]), rest)
+        return concatenated([both, constant])
 
     def _factor(self, adapter: str) -> Tensor:
         """B A in the layout of the weight, in fp32 (fp64 for fp64 factors)."""
@@ -189,6 +198,7 @@ class Scaled(nn.Module):
 class ScaleLoraModel(MaskedLoraModel):
     """PEFT's LoraModel with ScaleLoRA's layers; made by `get_peft_model`, seldom by hand."""
 
+    combinations = ("cat",)
     linear_layer = ScaleLoraLinear
     experts_layer = ScaleLoraExperts
 

@@ -43,6 +43,7 @@ def prepare(config: MaskedLoraConfig, model: nn.Module, layer_for: LayerFor) -> 
         RuntimeError: if a pruned weight is not zero.
     """
     parts = _Parts(model, config.METHOD, layer_for)
+    _check_modules_to_save(config)
     dense = _dense_modules(config, parts)
     names = _masked_names(config) if config.target_modules == PRUNED else _listed_names(config, model, parts, dense)
     masks = config.masks if config.masks is not None else _find_masks(config, model, names)
@@ -158,9 +159,21 @@ def _dense_modules(config: MaskedLoraConfig, parts: _Parts) -> list[str]:
     for module in modules:
         if _is_excluded(config, module):
             raise ValueError(
-                f"'{module}' is in dense_modules and in exclude_modules or modules_to_save; name it in one of them."
+                f"'{module}' is in dense_modules, but exclude_modules, modules_to_save or layers_to_transform leave it "
+                f"out; change one of them."
             )
     return sorted(modules)
+
+
+def _check_modules_to_save(config: MaskedLoraConfig) -> None:
+    """Raise one sentence if one of them holds a masked tensor, whose trained copy nothing would mask."""
+    alone = SimpleNamespace(modules_to_save=config.modules_to_save, target_modules=None, target_parameters=[])
+    for name in config.masks or () if config.modules_to_save else ():
+        if check_target_module_exists(alone, name.rpartition(".")[0]) is not False:
+            raise ValueError(
+                f"modules_to_save={sorted(config.modules_to_save or ())} would train a copy of the pruned '{name}' "
+                f"that loses its zeros; name modules without masks, or train it with MaskCallback."
+            )
 
 
 def _check_rank(config: MaskedLoraConfig, name: str, shape: tuple[int, ...]) -> None:
@@ -189,18 +202,20 @@ def _masked_names(config: MaskedLoraConfig) -> list[str]:
     if not names:
         raise ValueError(
             f"target_modules='pruned' leaves none of {len(counts)} masked tensors; check the masks, exclude_modules "
-            f"and modules_to_save."
+            f"and layers_to_transform."
         )
     return names
 
 
 def _is_excluded(config: MaskedLoraConfig, module: str) -> bool:
-    """PEFT's rule for `exclude_modules` and `modules_to_save`, asked with this module as the only target."""
+    """Whether `exclude_modules`, `modules_to_save` or `layers_to_transform` leave a module out, by PEFT's rule."""
     asked = SimpleNamespace(
         exclude_modules=config.exclude_modules,
         modules_to_save=config.modules_to_save,
         target_modules={module},
         target_parameters=None,
+        layers_to_transform=config.layers_to_transform,
+        layers_pattern=config.layers_pattern,
     )
     return not check_target_module_exists(asked, module)
 

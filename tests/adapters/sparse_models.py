@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from tiny_models import TINY, tiny_batch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sparse_ft.adapters import MaskLoraConfig
+from sparse_ft.adapters import LoraPruneConfig, MaskLoraConfig, ScaleLoraConfig
 from sparse_ft.masks import MaskSet
-from sparse_ft.models import find_targets, named_weights
+from sparse_ft.models import canonical_name, find_targets, named_weights
+
+CONFIGS = {"mask_lora": MaskLoraConfig, "scale_lora": ScaleLoraConfig, "lora_prune": LoraPruneConfig}
+every_method = pytest.mark.parametrize("method", list(CONFIGS))
+ARCHITECTURES = ("llama", "gpt2", "opt", "mixtral", "bert", "t5")
 
 
 def sparse_model(
@@ -34,21 +39,26 @@ def sparse_model(
     return model, masks
 
 
-def adapted(model: nn.Module, masks: MaskSet, *, seed: int = 1, **options: object) -> PeftModel:
-    """A MaskLoRA model as it is after some training: B is not zero."""
+def adapted(
+    model: nn.Module, masks: MaskSet, *, method: str = "mask_lora", seed: int = 1, **options: object
+) -> PeftModel:
+    """A model with an adapter as it is after some training: the factors are far from where they start."""
     torch.manual_seed(seed)
-    peft_model = get_peft_model(model, MaskLoraConfig(**{"r": 4, "masks": masks, **options}))
+    peft_model = get_peft_model(model, CONFIGS[method](**{"r": 4, "masks": masks, **options}))
     perturb(peft_model, seed=seed)
     return peft_model.eval()
 
 
 @torch.no_grad()
 def perturb(model: nn.Module, *, adapter: str = "default", seed: int = 1) -> None:
-    """Draw the adapter's factors, B included."""
+    """Draw the adapter's factors, B included: around 0, or for ScaleLoRA around B A = 1."""
     generator = torch.Generator().manual_seed(seed)
+    config = model.peft_config[adapter]
     for name, parameter in model.named_parameters():
         if f".{adapter}.weight" in name and "lora_" in name:
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+            if isinstance(config, ScaleLoraConfig) and not config.is_dense(canonical_name(name).partition(".lora_")[0]):
+                parameter.add_(config.r**-0.5)
 
 
 @torch.no_grad()

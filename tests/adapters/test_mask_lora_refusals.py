@@ -196,10 +196,6 @@ def with_initial_model(model: nn.Module, folder: str) -> None:
     model.save_pretrained(os.path.join(folder, "new"), path_initial_model_for_weight_conversion=folder)
 
 
-def with_weighted(model: nn.Module, folder: str) -> None:
-    model.add_weighted_adapter(["default"], [1.0], "mixed")
-
-
 def with_conversion(model: nn.Module, folder: str) -> None:
     from peft import convert_to_lora
 
@@ -210,10 +206,9 @@ def with_conversion(model: nn.Module, folder: str) -> None:
     ("use", "match"),
     [
         (with_initial_model, "of no use to MaskLoRA"),
-        (with_weighted, "activate several"),
         (with_conversion, "(?i)not support|convert"),
     ],
-    ids=["initial model", "weighted", "conversion"],
+    ids=["initial model", "conversion"],
 )
 def test_lora_features_that_would_lose_the_mask(
     use: Callable[[nn.Module, str], None], match: str, tmp_path: object
