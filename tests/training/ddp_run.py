@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import get_peft_model
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
-from sparse_ft.adapters import MaskLoraConfig
+from sparse_ft.adapters import prepare_perp
 from sparse_ft.masks import MaskSet
 from sparse_ft.models import find_targets, named_weights
 from sparse_ft.training import MaskCallback, latest_complete_checkpoint
@@ -29,26 +28,29 @@ RESUMED_AT = 2
 
 @dataclass(frozen=True)
 class Case:
-    """What is trained, and how: an adapter, or all parameters with one of `trains` in their names."""
+    """What is trained, `"full"` or a method of PERP, and how."""
 
-    adapter: bool = False
-    trains: tuple[str, ...] = ("",)
+    method: str = "full"
     dropout: float = 0.0
     masks_from_zeros: bool = False
     arguments: dict[str, Any] = field(default_factory=dict)
 
 
 SGD = {"optim": "sgd", "optim_args": "momentum=0.9", "learning_rate": 0.3}
+SAVING = {"save_strategy": "steps", "save_steps": RESUMED_AT}
 CASES = {
     "full": Case(masks_from_zeros=True, arguments={"max_grad_norm": 0.5}),
     "full, adafactor": Case(arguments={"optim": "adafactor"}),
     "full, two micro-batches": Case(arguments={"gradient_accumulation_steps": 2, **SGD}),
-    "mask_lora": Case(adapter=True),
-    "mask_lora, checkpointing": Case(adapter=True, arguments={CHECKPOINTING: True}),
-    "norms": Case(trains=("norm",)),
-    "biases and head": Case(trains=("bias", "lm_head")),
-    "resumed": Case(dropout=0.1, arguments={"save_strategy": "steps", "save_steps": RESUMED_AT}),
-    "resumed adapter": Case(adapter=True, dropout=0.1, arguments={"save_strategy": "steps", "save_steps": RESUMED_AT}),
+    "mask_lora": Case("mask_lora"),
+    "mask_lora, checkpointing": Case("mask_lora", arguments={CHECKPOINTING: True}),
+    "mask_lora, head and norms": Case("mask_lora+head+norms"),
+    "scale_lora": Case("scale_lora"),
+    "lora_prune and biases": Case("lora_prune+biases"),
+    "norms": Case("norms"),
+    "biases and embeddings": Case("biases+embeddings"),
+    "resumed": Case(dropout=0.1, arguments=SAVING),
+    "resumed adapter": Case("mask_lora+norms", dropout=0.1, arguments=SAVING),
 }
 
 
@@ -67,7 +69,7 @@ class Rows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 
 
 def sparse_model(case: Case, seed: int = 0) -> tuple[Any, MaskSet]:
-    """A small Llama with biases, pruned to 60%, and what the case trains of it."""
+    """A small Llama with biases, pruned to 60%, ready for what the case trains of it, and its masks."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -78,11 +80,7 @@ def sparse_model(case: Case, seed: int = 0) -> tuple[Any, MaskSet]:
     weights = named_weights(model)
     scores = {target.name: weights[target.name].detach().abs() for target in find_targets(model)}
     masks = MaskSet.from_scores(scores, sparsity=0.6).apply_(model)
-    if case.adapter:
-        return get_peft_model(model, MaskLoraConfig(r=4, masks=masks, task_type="CAUSAL_LM")), masks
-    for name, weight in weights.items():
-        weight.requires_grad_(any(part in name for part in case.trains))
-    return model, masks
+    return model if case.method == "full" else prepare_perp(model, case.method, masks, r=4), masks
 
 
 class StopAt(TrainerCallback):

@@ -87,9 +87,7 @@ def norms_of(directory: Path) -> list[float]:
 
 
 @pytest.mark.parametrize("name", [name for name in ONE_MICRO_BATCH if not ddp_run.CASES[name].dropout])
-def test_two_processes_are_one_that_accumulates(
-    name: str, both: Path, alone: Callable[..., object]
-) -> None:
+def test_two_processes_are_one_that_accumulates(name: str, both: Path, alone: Callable[..., object]) -> None:
     """Bit for bit: g1/2 + g2/2 of losses scaled by 2 is the sum g1 + g2 in floating point too."""
     weights, masks, norms = alone(name)  # type: ignore[misc]
     found = weights_of(both / name)

@@ -17,7 +17,7 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Trainer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from sparse_ft.adapters import MaskLoraConfig
+from sparse_ft.adapters import MaskLoraConfig, merge_perp, prepare_perp
 from sparse_ft.checkpoints import check_weights, read_sidecars
 from sparse_ft.masks import MASKS_FILE, MaskSet
 from sparse_ft.models import load_model, named_weights
@@ -150,3 +150,38 @@ def test_lora_on_dense_layers_is_not_warned_of(sparse_model: SparseModel, make_t
         warnings.filterwarnings("error", message="Adapter .* updates pruned layers densely")
         make_trainer(peft_model, [MaskCallback(masks)], max_steps=2).train()
     masks.verify(peft_model.merge_and_unload())
+
+
+@pytest.mark.parametrize(
+    ("method", "greater"), [("mask_lora", True), ("mask_lora+norms", True), ("scale_lora", False), ("norms", False)]
+)
+def test_the_best_of_an_adapters_checkpoints_is_what_the_user_gets(
+    method: str, greater: bool, sparse_model: SparseModel, make_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    model, masks = sparse_model()
+    trainer = make_trainer(
+        prepare_perp(model, method, masks, r=4),
+        [MaskCallback(masks)],
+        save_strategy="steps",
+        eval_strategy="steps",
+        save_steps=2,
+        eval_steps=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=greater,  # such that the best is not the last, and has to be loaded
+        learning_rate=0.05,
+    )
+    trainer.train()
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    best = Path(trainer.state.best_model_checkpoint)
+    chosen = max(losses) if greater else min(losses)
+    assert best.name == f"checkpoint-{2 * (losses.index(chosen) + 1)}" != "checkpoint-6"
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(chosen, rel=1e-6)
+    merged = merge_perp(trainer.model)
+    masks.verify(merged)
+    if method == "norms":
+        restored = load_model(best)
+    else:
+        restored = merge_perp(PeftModel.from_pretrained(sparse_model()[0], best))
+    for name, weight in named_weights(merged).items():
+        torch.testing.assert_close(named_weights(restored)[name], weight, msg=name)
