@@ -33,6 +33,7 @@ def magnitude_mask(
     pattern: str | Pattern = "unstructured",
     sparsity: float | None = None,
     removed: int | None = None,
+    inside: Tensor | None = None,
 ) -> Tensor:
     """Bool mask (True = keep) of the largest |W|.
 
@@ -41,12 +42,13 @@ def magnitude_mask(
         pattern: `"unstructured"` or `"n:m"` (n kept of m).
         sparsity: share removed over the whole tensor; exactly round(sparsity * numel) entries go.
         removed: exact number of entries to remove instead of `sparsity`, as an allocation gives it; unstructured only.
+        inside: bool, an older mask of the shape of `weight`; what it removed stays removed.
 
     Returns:
         Mask of the shape of `weight`. Ties are removed lowest flat index first.
 
     Raises:
-        ValueError: invalid pattern, sparsity or count, or NaN/Inf in `weight`.
+        ValueError: invalid pattern, sparsity or count, NaN/Inf in `weight`, or no such mask inside the older one.
     """
     check_weight(weight)
-    return keep_scores(magnitude_scores(weight), pattern=pattern, sparsity=sparsity, removed=removed)
+    return keep_scores(magnitude_scores(weight), pattern=pattern, sparsity=sparsity, removed=removed, inside=inside)

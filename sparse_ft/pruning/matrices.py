@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sparse_ft.masks import MaskSet, pack_bits, unpack_bits
 from sparse_ft.models import Target, canonical_name, matrix_view
+from sparse_ft.pruning.inside import budgets_inside
 from sparse_ft.pruning.observation import InputGroup
 from sparse_ft.pruning.plan import Budget, Method, Settings, matrix_names
 
@@ -117,7 +118,11 @@ def prune_matrices(
     matrices = {
         budget.matrix: (budget, matrix)
         for target in targets
-        for budget, matrix in zip(budgets[target.name], split_matrices(target, weights[target.name]), strict=True)
+        for budget, matrix in zip(
+            budgets_inside(target, budgets[target.name], settings.inside),
+            split_matrices(target, weights[target.name]),
+            strict=True,
+        )
     }
     masks: dict[str, Tensor] = {}
     enough = min(MIN_TOKENS, max((group.tokens for group in groups), default=0))
@@ -146,7 +151,7 @@ def _prepare(group: InputGroup, method: Method, settings: Settings) -> Any:
 
 
 def _prune_matrix(budget: Budget, weight: Tensor, statistic: Any, method: Method, settings: Settings) -> Tensor:
-    if budget.is_dense:
+    if budget.is_dense:  # an older mask has room for it only if it is dense as well
         return torch.ones(weight.shape, dtype=torch.bool, device=weight.device)
     mask, updated = method.prune(weight, statistic, budget, settings)
     mask = mask.to(weight.device)

@@ -15,10 +15,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from sparse_ft.masks import Pattern
+from sparse_ft.masks import MaskSet, Pattern
 from sparse_ft.models import Target
 from sparse_ft.pruning.allocation import check_min_keep, erk, global_magnitude, uniform
-from sparse_ft.pruning.validation import check_block_size, check_damping, check_weight, resolve_pattern
+from sparse_ft.pruning.validation import check_block_size, check_damping, check_weight, resolve_pattern, share_of_row
 
 ALLOCATIONS = ("uniform", "global", "erk")
 INDIVISIBLE = ("error", "skip", "dense_tail")
@@ -47,6 +47,7 @@ class Budget:
         pattern: unstructured or n:m.
         sparsity: share removed.
         removed: exact number removed; None for n:m, where the pattern fixes it.
+        inside: (o, d) bool, an older mask that the new one must not exceed; None where there is none.
     """
 
     matrix: str
@@ -54,11 +55,17 @@ class Budget:
     pattern: Pattern
     sparsity: float
     removed: int | None
+    inside: Tensor | None = None
 
     @property
     def is_dense(self) -> bool:
         """True when nothing is removed."""
         return self.removed == 0 or (self.pattern.is_structured and self.pattern.n == self.pattern.m)
+
+    @property
+    def removed_per_row(self) -> int | None:
+        """How many weights of each row go, for methods that count by row; None for n:m."""
+        return None if self.pattern.is_structured else share_of_row(self.shape[1], self.sparsity)
 
 
 @dataclass(frozen=True)
@@ -77,6 +84,7 @@ class Settings:
     damping: float
     min_keep: float
     progress: bool
+    inside: MaskSet | None = None
 
 
 @dataclass(frozen=True)
@@ -89,12 +97,14 @@ class Method:
         statistic: makes the running statistic of an input, `(d, device=…)`; None for methods without calibration.
         prepare: turns the finished statistic into what `prune` needs, once for all layers that share the input.
         allocations: how the budget may be spread over the tensors.
+        by_row: whether an unstructured mask has the same count in every row.
     """
 
     prune: Callable[[Tensor, Any, Budget, Settings], tuple[Tensor, Tensor | None]]
     statistic: Callable[..., Statistic] | None = None
     prepare: Callable[[Any, Settings], Any] = field(default=lambda statistic, settings: statistic)
     allocations: tuple[str, ...] = ("uniform",)
+    by_row: bool = False
 
 
 def check_settings(

@@ -9,6 +9,7 @@ one: write that file, then an entry here.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from sparse_ft.masks import MaskSet, Pattern
 from sparse_ft.models import find_blocks, find_targets
 from sparse_ft.pruning.calibration import prepare_calibration
+from sparse_ft.pruning.inside import check_inside
 from sparse_ft.pruning.magnitude import magnitude_mask
 from sparse_ft.pruning.matrices import PackedMasks, matrices_of, owners_of_weights, prune_matrices
 from sparse_ft.pruning.plan import (
@@ -47,7 +49,7 @@ def _wanda(weight: Tensor, moment: Tensor | None, budget: Budget, settings: Sett
     if moment is None:  # equal input norms: row-wise magnitude
         moment = torch.ones(weight.shape[1], device=weight.device)
     sparsity = None if budget.pattern.is_structured else budget.sparsity
-    return wanda_mask(weight, moment, pattern=budget.pattern, sparsity=sparsity), None
+    return wanda_mask(weight, moment, pattern=budget.pattern, sparsity=sparsity, inside=budget.inside), None
 
 
 def _sparsegpt(
@@ -62,19 +64,26 @@ def _sparsegpt(
         sparsity=None if budget.pattern.is_structured else budget.sparsity,
         block_size=settings.block_size,
         update=settings.update_weights,
+        inside=budget.inside,
     )
     return result.mask, result.weight if settings.update_weights else None
 
 
 def _count(budget: Budget) -> dict[str, Any]:
-    return {"pattern": budget.pattern} | ({} if budget.pattern.is_structured else {"removed": budget.removed})
+    return {"pattern": budget.pattern, "inside": budget.inside} | (
+        {} if budget.pattern.is_structured else {"removed": budget.removed}
+    )
 
 
 METHODS: dict[str, Method] = {
     "magnitude": Method(_magnitude, allocations=("uniform", "global", "erk")),
     "random": Method(_random, allocations=("uniform", "erk")),
     "wanda": Method(
-        _wanda, SecondMoment, lambda moment, settings: moment.second_moment(), allocations=("uniform", "erk")
+        _wanda,
+        SecondMoment,
+        lambda moment, settings: moment.second_moment(),
+        allocations=("uniform", "erk"),
+        by_row=True,
     ),
     "sparsegpt": Method(
         _sparsegpt,
@@ -100,6 +109,7 @@ def prune(
     block_size: int = 128,
     damping: float = 0.01,
     min_keep: float = 0.0005,
+    inside: MaskSet | None = None,
     progress: bool = True,
 ) -> MaskSet:
     """Set a share of a model's weights to zero, in place, and return which.
@@ -126,14 +136,16 @@ def prune(
         block_size: SparseGPT: columns per slab.
         damping: SparseGPT: share of the mean of the Hessian's diagonal that is added to it.
         min_keep: allocation `"global"`: least number kept per tensor, as a share of all weights.
+        inside: masks of an earlier pruning of this model, whose removed weights are zero and stay removed: the new
+            masks are a subset, with the exact counts of the new sparsity. A tensor without a mask counts as dense.
         progress: show a progress bar when it takes more than two seconds.
 
     Returns:
         The masks by canonical parameter name.
 
     Raises:
-        ValueError: if an argument, the model or the calibration data cannot be used; the model is then untouched, but
-            for activations that turn out not finite.
+        ValueError: if an argument, the model or the calibration data cannot be used, or no masks with these counts
+            exist inside `inside`; the model is then untouched, but for activations that turn out not finite.
 
     Example:
         >>> masks = prune(model, sparsity=0.5, method="wanda", calibration=[tokenizer(text, return_tensors="pt")])
@@ -145,6 +157,7 @@ def prune(
         indivisible=indivisible, seed=seed, update_weights=update_weights, block_size=block_size, damping=damping,
         min_keep=min_keep, progress=progress,
     )  # fmt: skip
+    settings = replace(settings, inside=inside)
     model = getattr(model, "_orig_mod", model)  # a compiled module runs its graph, which knows no hooks
     return prune_with(model, settings, calibration)
 
@@ -159,6 +172,9 @@ def prune_with(model: nn.Module, settings: Settings, calibration: Iterable[Any] 
     method = METHODS[settings.method]
     batches = prepare_calibration(model, calibration, settings.method) if method.statistic is not None else []
     budgets = make_budgets(targets, settings, matrices_of(targets, weights))
+    if settings.inside is not None:
+        check_inside(settings.inside, targets, budgets, by_row=method.by_row)
+        _check_zeros(settings.inside, weights)
     masks = PackedMasks()
     if is_calibrated(method, budgets):
         device = getattr(model, "device", next(iter(weights.values())).device)
@@ -171,7 +187,21 @@ def prune_with(model: nn.Module, settings: Settings, calibration: Iterable[Any] 
             for target in targets:
                 masks.update(prune_matrices([target], weights, budgets, [], method, settings)[0])
                 bar.update()
-    return masks.as_mask_set(targets, settings)
+    found = masks.as_mask_set(targets, settings)
+    if settings.inside is not None and not found <= settings.inside:
+        raise RuntimeError(f"Method '{settings.method}' kept weights that the mask to stay inside had removed.")
+    return found
+
+
+def _check_zeros(inside: MaskSet, weights: Mapping[str, Tensor]) -> None:
+    """Refuse an older mask whose removed weights are alive: statistics and thresholds would count them."""
+    for name in inside.keys() & weights.keys():
+        alive = int((weights[name].detach()[~inside[name].to(weights[name].device)] != 0).sum())
+        if alive:
+            raise ValueError(
+                f"{alive} weights of '{name}' are not zero though the mask to stay inside removed them; call "
+                f"inside.apply_(model) first."
+            )
 
 
 def is_calibrated(method: Method, budgets: Mapping[str, list[Budget]]) -> bool:

@@ -37,6 +37,7 @@ def random_mask(
     pattern: str | Pattern = "unstructured",
     sparsity: float | None = None,
     removed: int | None = None,
+    inside: Tensor | None = None,
 ) -> Tensor:
     """Random bool mask (True = keep) with exact counts, on the CPU.
 
@@ -47,8 +48,10 @@ def random_mask(
         pattern: `"unstructured"` or `"n:m"` (n kept of m).
         sparsity: share removed; exactly round(sparsity * numel) entries go.
         removed: exact number of entries to remove instead of `sparsity`; unstructured only.
+        inside: bool, an older mask of this shape; what it removed stays removed.
 
     Raises:
-        ValueError: invalid pattern, sparsity or count.
+        ValueError: invalid pattern, sparsity or count, or no such mask inside the older one.
     """
-    return keep_scores(random_scores(shape, name, seed), pattern=pattern, sparsity=sparsity, removed=removed)
+    scores = random_scores(shape, name, seed)
+    return keep_scores(scores, pattern=pattern, sparsity=sparsity, removed=removed, inside=inside)

@@ -23,6 +23,7 @@ Source: Frantar & Alistarh 2023, "SparseGPT: Massive Language Models Can Be Accu
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +31,7 @@ from torch import Tensor
 
 from sparse_ft.masks import Pattern, keep_largest
 from sparse_ft.masks.selection import keep_largest_of_group
+from sparse_ft.pruning.inside import check_room
 from sparse_ft.pruning.precision import full_precision
 from sparse_ft.pruning.validation import (
     MAX_DAMPING,
@@ -128,6 +130,7 @@ def sparsegpt(
     block_size: int = 128,
     damping: float = 0.01,
     update: bool = True,
+    inside: Tensor | None = None,
 ) -> SparseGPTResult:
     """Prune one (o, d) matrix with SparseGPT. `weight` and `hessian` are left unchanged.
 
@@ -142,10 +145,12 @@ def sparsegpt(
         damping: passed to `factorize` when `hessian` is a tensor, otherwise unused.
         update: with False the mask is the one that the run WITH updates chooses (column by column from the updated
             weights), but the kept weights returned are the original ones, bit for bit, and `loss` is theirs.
+        inside: (o, d) bool, an older mask of the weight; what it removed stays removed. A block that it emptied more
+            than the new sparsity would takes its share from the other blocks.
 
     Raises:
         ValueError: invalid pattern, sparsity or block size, shapes that do not fit, NaN/Inf in either tensor, or a
-            Hessian that is all zero (no token reached the layer: use magnitude).
+            Hessian that is all zero (no token reached the layer: use magnitude), or no such mask inside the older one.
     """
     parsed, share = resolve_pattern(pattern, sparsity)
     check_block_size(block_size)
@@ -153,11 +158,13 @@ def sparsegpt(
         block_size = -(-block_size // parsed.m) * parsed.m
     factor = hessian if isinstance(hessian, InverseFactor) else factorize(hessian, damping=damping)
     check_matrix(weight, factor.upper, "Hessian")
+    if inside is not None:
+        check_room(inside, parsed, removed=round(share * weight.numel()))
     # Inputs first, so that a column of the paper is contiguous. Never a view: a Conv1D weight is stored like this.
     columns = torch.empty(weight.shape[::-1], dtype=torch.float32, device=weight.device).copy_(weight.T)
     columns[factor.dead] = 0
     with full_precision():
-        mask, loss = _prune_columns(columns, factor.upper, parsed, share, block_size)
+        mask, loss = _prune_columns(columns, factor.upper, parsed, share, block_size, inside)
         if not update:
             columns = weight.detach().float().T
             change = columns.masked_fill(mask | factor.dead[:, None], 0)
@@ -168,11 +175,14 @@ def sparsegpt(
 
 
 def _prune_columns(
-    columns: Tensor, upper: Tensor, pattern: Pattern, sparsity: float, block_size: int
+    columns: Tensor, upper: Tensor, pattern: Pattern, sparsity: float, block_size: int, inside: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Update `columns` (d, o) in place, pruned entries excepted; return the mask (d, o) and the loss."""
     width, rows = columns.shape
     mask = torch.ones(columns.shape, dtype=torch.bool, device=columns.device)
+    if inside is not None:
+        mask.copy_(inside.T)
+    ends = _removed_by_block((rows, width), sparsity, block_size, inside)
     diagonal = upper.diagonal()
     loss = torch.zeros((), dtype=torch.float64, device=columns.device)
     removed = 0
@@ -181,39 +191,63 @@ def _prune_columns(
         block = slice(start, stop)
         if not pattern.is_structured:
             scores = columns[block].abs() / diagonal[block, None]
-            total = round(sparsity * rows * stop)
+            if inside is not None:
+                scores.masked_fill_(~mask[block], -math.inf)
+            total = ends[start // block_size]
             # Transposed: of equal scores the first rows go first, as everywhere else.
             mask[block] = keep_largest(scores.T, scores.numel() - (total - removed)).T
             removed = total
         errors = torch.empty_like(columns[block])
-        _solve(columns[block], mask[block], errors, upper[block, block], pattern)
+        _solve(columns[block], mask[block], errors, upper[block, block], pattern, inside is not None)
         loss += torch.linalg.vector_norm(errors, dtype=torch.float64).square() / 2
         columns[stop:].addmm_(upper[block, stop:].T, errors, alpha=-1)
     return mask, loss
 
 
-def _solve(columns: Tensor, mask: Tensor, errors: Tensor, upper: Tensor, pattern: Pattern) -> None:
+def _removed_by_block(shape: tuple[int, int], sparsity: float, block_size: int, inside: Tensor | None) -> list[int]:
+    """How many weights are removed up to the end of each block: the sparsity's share of the columns so far, but at
+    least what an older mask (o, d) removed there, and leaving room for what it removed in the blocks behind.
+    """
+    rows, width = shape
+    gone = [0] * width if inside is None else (~inside).sum(0).cumsum(0).tolist()
+    final, removed, before = round(sparsity * rows * width), 0, 0
+    ends = []
+    for start in range(0, width, block_size):
+        stop = min(start + block_size, width)
+        least, most = removed + gone[stop - 1] - before, final - (gone[-1] - gone[stop - 1])
+        removed, before = min(max(round(sparsity * rows * stop), least), most), gone[stop - 1]
+        ends.append(removed)
+    return ends
+
+
+def _solve(columns: Tensor, mask: Tensor, errors: Tensor, upper: Tensor, pattern: Pattern, constrained: bool) -> None:
     """Run the column loop on a block (b, o): left half, its effect on the right half as one product, right half.
 
-    Fills `errors` (b, o), updates `columns`, and for n:m chooses `mask` of each group when its turn comes.
+    Fills `errors` (b, o), updates `columns`, and for n:m chooses `mask` of each group when its turn comes; if it is
+    `constrained`, from what `mask` keeps already.
     """
     width = columns.shape[0]
     leaf = pattern.m or _LEAF
     if width <= leaf:
-        _solve_leaf(columns, mask, errors, upper, pattern)
+        _solve_leaf(columns, mask, errors, upper, pattern, constrained)
         return
     half = leaf * ((width // leaf + 1) // 2)
-    _solve(columns[:half], mask[:half], errors[:half], upper[:half, :half], pattern)
+    _solve(columns[:half], mask[:half], errors[:half], upper[:half, :half], pattern, constrained)
     columns[half:].addmm_(upper[:half, half:].T, errors[:half], alpha=-1)
-    _solve(columns[half:], mask[half:], errors[half:], upper[half:, half:], pattern)
+    _solve(columns[half:], mask[half:], errors[half:], upper[half:, half:], pattern, constrained)
 
 
-def _solve_leaf(columns: Tensor, mask: Tensor, errors: Tensor, upper: Tensor, pattern: Pattern) -> None:
+def _solve_leaf(
+    columns: Tensor, mask: Tensor, errors: Tensor, upper: Tensor, pattern: Pattern, constrained: bool
+) -> None:
     """The textbook loop over a few columns (b, o)."""
     width = columns.shape[0]
     diagonal = upper.diagonal()[:, None]
     if pattern.n is not None and width == pattern.m:
-        mask.copy_(keep_largest_of_group((columns.abs() / diagonal).T, pattern.n).T)
+        scores = columns.abs() / diagonal
+        if constrained:
+            scores.masked_fill_(~mask, -math.inf)
+        mask.copy_(keep_largest_of_group(scores.T, pattern.n).T)
     removal = (~mask).float().div_(diagonal)
     for j in range(width):
         torch.mul(columns[j], removal[j], out=errors[j])

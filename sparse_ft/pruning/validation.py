@@ -8,6 +8,8 @@ Example:
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -29,6 +31,12 @@ def resolve_pattern(pattern: str | Pattern, sparsity: float | None = None) -> tu
     """
     parsed = Pattern.parse(pattern)
     return parsed, check_sparsity(parsed, sparsity)
+
+
+def share_of_row(width: int, sparsity: float) -> int:
+    """floor(width * sparsity), how many of a row's weights a method that counts by row removes."""
+    # 0.29 * 100 is 28.999999999999996 in binary; the digits below 1e-6 are noise, not a fraction to cut off.
+    return math.floor(round(width * sparsity, 6))
 
 
 def check_block_size(block_size: int) -> None:

@@ -14,12 +14,11 @@ Source: Sun et al. 2023, "A Simple and Effective Pruning Approach for Large Lang
 
 from __future__ import annotations
 
-import math
-
 from torch import Tensor
 
 from sparse_ft.masks import Pattern, keep_largest_per_row, keep_n_of_m
-from sparse_ft.pruning.validation import check_matrix, resolve_pattern
+from sparse_ft.pruning.inside import check_room, hide_removed
+from sparse_ft.pruning.validation import check_matrix, resolve_pattern, share_of_row
 
 
 def wanda_scores(weight: Tensor, second_moment: Tensor) -> Tensor:
@@ -38,6 +37,7 @@ def wanda_mask(
     *,
     pattern: str | Pattern = "unstructured",
     sparsity: float | None = None,
+    inside: Tensor | None = None,
 ) -> Tensor:
     """Bool mask (o, d), True = keep: floor(d * sparsity) removed from each row, or n of m kept in each group.
 
@@ -46,16 +46,20 @@ def wanda_mask(
         second_moment: (d,) mean of x_j^2 over tokens.
         pattern: `"unstructured"` or `"n:m"` (n kept of m; a tail of d % m columns stays dense).
         sparsity: share removed of every row.
+        inside: (o, d) bool, an older mask of the weight; what it removed stays removed.
 
     Raises:
-        ValueError: invalid pattern or sparsity, shapes that do not fit, NaN/Inf in either tensor, or a second moment
-            that is all zero (no token reached the layer: use magnitude).
+        ValueError: invalid pattern or sparsity, shapes that do not fit, NaN/Inf in either tensor, a second moment that
+            is all zero (no token reached the layer: use magnitude), or no such mask inside the older one.
     """
     parsed, share = resolve_pattern(pattern, sparsity)
     check_matrix(weight, second_moment, "second moment")
-    scores = wanda_scores(weight, second_moment)
-    if parsed.n is not None and parsed.m is not None:
-        return keep_n_of_m(scores, parsed.n, parsed.m)
     width = weight.shape[1]
-    # 0.29 * 100 is 28.999999999999996 in binary; the digits below 1e-6 are noise, not a fraction to cut off.
-    return keep_largest_per_row(scores, width - math.floor(round(width * share, 6)))
+    removed = share_of_row(width, share)
+    if inside is not None:
+        check_room(inside, parsed, removed_per_row=removed)
+    scores = hide_removed(wanda_scores(weight, second_moment), inside)
+    if parsed.n is not None and parsed.m is not None:
+        mask = keep_n_of_m(scores, parsed.n, parsed.m)
+        return mask if inside is None else mask.logical_and_(inside)  # a tail of d % m columns is kept as it was
+    return keep_largest_per_row(scores, width - removed)
