@@ -47,7 +47,7 @@ ONLY_IN = {
     "trl": ("cli/", "training/"),
     "matplotlib": ("evaluation/",),
     "lm_eval": ("evaluation/tasks.py",),
-    "bitsandbytes": ("adapters/bitsandbytes.py",),
+    "bitsandbytes": ("adapters/quantised.py",),
     "deepspeed": ("training/sharding.py",),
     "torch.distributed.fsdp": ("training/sharding.py",),
 }

@@ -35,6 +35,7 @@ from sparse_ft.adapters.masked_config import REFUSED, MaskedLoraConfig
 from sparse_ft.adapters.masked_layer import Added, MaskedExperts, PlainLinear
 from sparse_ft.adapters.masked_model import MaskedLoraModel
 from sparse_ft.adapters.peft_type import add_peft_type
+from sparse_ft.adapters.quantised import QuantisedLinear
 
 LORAPRUNE = add_peft_type("LORAPRUNE")
 
@@ -59,6 +60,10 @@ class LoraPruneLinear(PlainLinear):
     """LoRA-Prune around `nn.Linear`, weight (out, in), or GPT-2's Conv1D, weight (in, out)."""
 
     method = "LoRA-Prune"
+
+
+class LoraPruneQuantised(QuantisedLinear, LoraPruneLinear):
+    """LoRA-Prune around a 4-bit or 8-bit linear of bitsandbytes, see `quantised`."""
 
 
 class ParamWrapper(MaskedExperts):
@@ -88,6 +93,7 @@ class LoraPruneModel(MaskedLoraModel):
     """PEFT's LoraModel with LoRA-Prune's layers; made by `get_peft_model`, seldom by hand."""
 
     linear_layer = LoraPruneLinear
+    quantised_layer = LoraPruneQuantised
     experts_layer = LoraPruneExperts
 
 

@@ -36,6 +36,7 @@ from sparse_ft.adapters.masked_config import MaskedLoraConfig
 from sparse_ft.adapters.masked_layer import Added, MaskedExperts, MaskedLinear
 from sparse_ft.adapters.masked_model import MaskedLoraModel
 from sparse_ft.adapters.peft_type import add_peft_type
+from sparse_ft.adapters.quantised import QuantisedMaskedLinear
 
 MASKLORA = add_peft_type("MASKLORA")
 
@@ -79,6 +80,10 @@ class MaskLoraLinear(MaskedLinear):
         return mask_lora_linear(x, None, None, keep, A, B, self.scaling[adapter], fan_in_fan_out=self.fan_in_fan_out)
 
 
+class MaskLoraQuantised(QuantisedMaskedLinear, MaskLoraLinear):
+    """MaskLoRA around a 4-bit or 8-bit linear of bitsandbytes, see `quantised`."""
+
+
 class ParamWrapper(MaskedExperts):
     """MaskLoRA on a stack of fused experts: one pair A, B and one mask per expert.
 
@@ -109,6 +114,7 @@ class MaskLoraModel(MaskedLoraModel):
     """PEFT's LoraModel with MaskLoRA's layers; made by `get_peft_model`, seldom by hand."""
 
     linear_layer = MaskLoraLinear
+    quantised_layer = MaskLoraQuantised
     experts_layer = MaskLoraExperts
 
 

@@ -251,7 +251,7 @@ class MaskedLayer(lora.LoraLayer):
         return A.to(dtype), B.to(dtype)
 
 
-class _Linear(MaskedLayer, lora.Linear):
+class LinearLayer(MaskedLayer, lora.Linear):
     """Around `nn.Linear`, weight (out, in), or GPT-2's Conv1D, weight (in, out)."""
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, **kwargs: Any) -> None:
@@ -263,7 +263,7 @@ class _Linear(MaskedLayer, lora.Linear):
         return weight
 
 
-class PlainLinear(_Linear):
+class PlainLinear(LinearLayer):
     """Ordinary LoRA in forward, W + c (B A) ∘ m once merged.
 
     The two agree where the mask is True everywhere, as for `dense_modules`.
@@ -286,7 +286,7 @@ class PlainLinear(_Linear):
         return f"plain_{super().__repr__()}"
 
 
-class MaskedLinear(_Linear):
+class MaskedLinear(LinearLayer):
     """Training sees the merged weight: the first adapter is fused with the base layer, more are added to its output."""
 
     def _fused(self, x: Tensor, adapter: str, bias: Tensor | None) -> Tensor:

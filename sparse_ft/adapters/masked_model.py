@@ -13,6 +13,13 @@ from transformers.pytorch_utils import Conv1D
 from sparse_ft.adapters.combining import combined_config
 from sparse_ft.adapters.masked_config import MaskedLoraConfig
 from sparse_ft.adapters.masked_layer import AdapterMask, MaskedExperts, MaskedLayer, PlainLinear
+from sparse_ft.adapters.quantised import (
+    QuantisedLinear,
+    QuantisedPlainLinear,
+    cannot_merge,
+    is_quantised,
+    keep_packing,
+)
 from sparse_ft.adapters.targets import prepare
 from sparse_ft.models import canonical_name
 
@@ -29,6 +36,7 @@ class MaskedLoraModel(LoraModel):
     prefix = "lora_"
     combinations: tuple[str, ...] = ("cat", "linear", "svd")
     linear_layer: type[MaskedLayer]
+    quantised_layer: type[QuantisedLinear]
     experts_layer: type[MaskedExperts]
     dense_layer: type[MaskedLayer] = PlainLinear
 
@@ -37,10 +45,12 @@ class MaskedLoraModel(LoraModel):
         """The class of layer that adapts this weight of a plain module, or None if there is none.
 
         Args:
-            module: `nn.Linear`, Conv1D or fused experts.
+            module: `nn.Linear`, quantised or not, Conv1D or fused experts.
             weight: the parameter to adapt; a stack of experts has three dimensions.
             dense: the module is one of `dense_modules`.
         """
+        if is_quantised(module):
+            return QuantisedPlainLinear if dense else cls.quantised_layer
         if weight.dtype not in _FLOATS:
             return None
         if weight.ndim == 3:
@@ -53,8 +63,9 @@ class MaskedLoraModel(LoraModel):
         """Check the adapter's targets, then add its layers to the model in place.
 
         Raises:
-            ValueError, FileNotFoundError, RuntimeError: see `targets.prepare`.
+            ValueError, FileNotFoundError, RuntimeError: see `targets.prepare` and `quantised.keep_packing`.
         """
+        keep_packing(model)
         prepare(self.peft_config[adapter_name], model, self.layer_for)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
@@ -120,6 +131,12 @@ class MaskedLoraModel(LoraModel):
         raise ValueError(
             f"path_initial_model_for_weight_conversion is of no use to {peft_config.METHOD}: it never changes the base."
         )
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        for layer in self.modules():
+            if isinstance(layer, QuantisedLinear):
+                raise ValueError(cannot_merge(layer.method))
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge adapters into the weights; with `safe_merge` all of them or, if one is broken, none.

@@ -39,6 +39,7 @@ from sparse_ft.adapters.masked_config import REFUSED, MaskedLoraConfig
 from sparse_ft.adapters.masked_layer import MaskedExperts, MaskedLayer, MaskedLinear
 from sparse_ft.adapters.masked_model import MaskedLoraModel
 from sparse_ft.adapters.peft_type import add_peft_type
+from sparse_ft.adapters.quantised import QuantisedMaskedLinear
 from sparse_ft.adapters.scale_lora_function import scale_lora_linear
 from sparse_ft.masks import mask_
 
@@ -166,6 +167,10 @@ class ScaleLoraLinear(_ScaleLayer, MaskedLinear):
         return scale_lora_linear(x, weight, bias, A, B, change_only=change_only, fan_in_fan_out=self.fan_in_fan_out)
 
 
+class ScaleLoraQuantised(QuantisedMaskedLinear, ScaleLoraLinear):
+    """ScaleLoRA around a 4-bit or 8-bit linear of bitsandbytes, see `quantised`."""
+
+
 class ParamWrapper(_ScaleLayer, MaskedExperts):
     """ScaleLoRA on a stack of fused experts: one pair A, B per expert."""
 
@@ -200,6 +205,7 @@ class ScaleLoraModel(MaskedLoraModel):
 
     combinations = ("cat",)
     linear_layer = ScaleLoraLinear
+    quantised_layer = ScaleLoraQuantised
     experts_layer = ScaleLoraExperts
 
 

@@ -6,7 +6,6 @@ the method can handle and that masks, weights, ranks and, for a saved adapter, d
 
 from __future__ import annotations
 
-import hashlib
 import re
 import warnings
 from collections import Counter
@@ -18,10 +17,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
+from sparse_ft.adapters.base_digest import base_digest, bits_digest
 from sparse_ft.adapters.masked_config import PRUNED, MaskedLoraConfig
 from sparse_ft.adapters.masked_layer import MaskedLayer
-from sparse_ft.masks import MASKS_FILE, MaskSet, pack_bits
-from sparse_ft.masks.mask_set import tensor_digest
+from sparse_ft.adapters.quantised import stored_shape, verify_zeros
+from sparse_ft.masks import MASKS_FILE, MaskSet
 from sparse_ft.models import canonical_name, find_targets, named_weights
 
 LayerFor = Callable[..., type[MaskedLayer] | None]  # see `MaskedLoraModel.layer_for`
@@ -55,31 +55,13 @@ def prepare(config: MaskedLoraConfig, model: nn.Module, layer_for: LayerFor) -> 
         if f"{module}.weight" in masks:
             raise ValueError(f"'{module}' has a mask, so it is no dense module; leave it out of dense_modules.")
         parts.check(f"{module}.weight", dense=True)
-        _check_rank(config, f"{module}.weight", parts.modules[module].get_parameter("weight").shape)
+        _check_rank(config, f"{module}.weight", parts.shape(f"{module}.weight"))
     masks = _only(masks, names)
-    masks.verify(model)
+    verify_zeros(masks, model)
     if any(len(masks.shape(name)) == 3 for name in names) and config.lora_dropout:
         raise ValueError("lora_dropout does not work on fused experts; set it to 0, or exclude the experts.")
-    config.record(masks, bits_digest(masks), _weights_digest(masks, model, dense))
+    config.record(masks, bits_digest(masks), base_digest(masks, model, dense))
     _set_targets(config, masks, names, dense)
-
-
-def bits_digest(masks: MaskSet) -> str:
-    """SHA-256 over names, shapes and bits, whatever patterns the set declares."""
-    sha = hashlib.sha256()
-    for name in sorted(masks):
-        sha.update(f"{name}|{masks.shape(name)}|".encode() + pack_bits(masks[name]).numpy().tobytes())
-    return sha.hexdigest()
-
-
-def _weights_digest(masks: MaskSet, model: nn.Module, dense: list[str]) -> str:
-    """`MaskSet.weights_digest`, and over the dense modules where there are any."""
-    digest = masks.weights_digest(model)
-    if not dense:
-        return digest
-    weights = named_weights(model)
-    parts = [f"{module}|{tensor_digest(weights[f'{module}.weight'])}" for module in dense]
-    return hashlib.sha256("|".join([digest, *parts]).encode()).hexdigest()
 
 
 def _set_targets(config: MaskedLoraConfig, masks: MaskSet, names: list[str], dense: list[str]) -> None:
@@ -122,6 +104,11 @@ class _Parts:
         weight = getattr(self.modules[owner], attribute, None)
         return self.layer_for(self.modules[owner], weight, dense=dense) if isinstance(weight, Tensor) else None
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a parameter in the layout of its mask."""
+        owner, _, attribute = name.rpartition(".")
+        return stored_shape(self.modules[owner], getattr(self.modules[owner], attribute))
+
     def check(self, name: str, *, dense: bool) -> None:
         """Raise one sentence if the parameter cannot be adapted."""
         owner, _, attribute = name.rpartition(".")
@@ -130,8 +117,8 @@ class _Parts:
         if wanted is None or weight is None:
             raise ValueError(
                 f"{self.method} does not support '{owner}' of type {type(module).__name__} with "
-                f"{getattr(weight, 'dtype', 'no')} weights, only floating point nn.Linear, Conv1D and fused experts; "
-                f"load the model without quantization, or exclude the module."
+                f"{getattr(weight, 'dtype', 'no')} weights, only floating point nn.Linear, Conv1D, fused experts "
+                f"and linears of bitsandbytes; load the model in one of these forms, or exclude the module."
             )
         if weight.is_meta:
             raise ValueError(f"The weight of '{owner}' is on the meta device; load it into memory before adapting it.")
@@ -252,10 +239,10 @@ def _check_mask(name: str, masks: MaskSet, parts: _Parts) -> None:
     weight = getattr(parts.modules.get(owner), attribute, None)
     if weight is None:
         raise ValueError(f"The model has no tensor '{name}' but there is a mask for it. Another model's masks?")
-    if tuple(weight.shape) != masks.shape(name) and parts.layer_of(name) is not None:
+    if parts.shape(name) != masks.shape(name) and parts.layer_of(name) is not None:
         raise ValueError(
-            f"Mask for '{name}' has shape {masks.shape(name)} but the weight has {tuple(weight.shape)}. Was it made "
-            f"for another model?"
+            f"Mask for '{name}' has shape {masks.shape(name)} but the weight has {parts.shape(name)}. Was it made for "
+            f"another model?"
         )
 
 
