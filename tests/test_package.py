@@ -36,6 +36,7 @@ FLOOR = {
     "mask_learning": 4,
     "deltas": 4,
     "merging": 5,
+    "reconstruction": 5,
     "evaluation": 4,
     "export": 4,
     "cli": 6,

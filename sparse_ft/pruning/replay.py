@@ -132,7 +132,8 @@ class BlockReplay:
         self._model.eval()
         get_head = getattr(self._model, "get_output_embeddings", None)
         head = get_head() if callable(get_head) else None
-        self._head_hook = head.register_forward_pre_hook(_stop) if isinstance(head, nn.Module) else None
+        # before other hooks: a head that is not used need not be loaded
+        self._head_hook = head.register_forward_pre_hook(_stop, prepend=True) if isinstance(head, nn.Module) else None
         for index in range(len(self._blocks)):
             self._place(index, self._stand_ins[index])
         return self
@@ -176,14 +177,7 @@ class BlockReplay:
             f"the same kinds of input."
         )
 
-    def run(
-        self,
-        index: int,
-        *,
-        record: bool = False,
-        before_batch: Callable[[int], None] | None = None,
-        numbers: Iterable[int] | None = None,
-    ) -> None:
+    def run(self, index: int, *, record: bool = False, before_batch: Callable[[int], None] | None = None) -> None:
         """Run one block on every batch, with the arguments the model passes.
 
         Args:
@@ -191,7 +185,6 @@ class BlockReplay:
             record: keep the outputs, as the inputs of the blocks that follow.
             before_batch: called with the number of each batch before it runs. Hooks inside the block may raise
                 `StopForward` when they have seen enough of a batch whose output is not recorded.
-            numbers: of the batches to run; all by default.
 
         Raises:
             RuntimeError: if the model does not call the block for one of the batches.
@@ -203,7 +196,7 @@ class BlockReplay:
             hooks.append(block.register_forward_hook(partial(self._on_exit, calls), with_kwargs=True))
         self._place(index, block)
         try:
-            for number in range(len(self._batches)) if numbers is None else numbers:
+            for number in range(len(self._batches)):
                 calls.clear()
                 if before_batch is not None:
                     before_batch(number)

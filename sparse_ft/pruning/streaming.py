@@ -115,7 +115,7 @@ class _Streaming:
         self._settings = settings
         self._device = device
         self._method: Method = METHODS[settings.method]
-        self._model = _skeleton(directory, reader, device)
+        self._model = open_skeleton(directory, reader, device)
         self._targets = divisible_targets(find_targets(self._model, exclude=settings.exclude), settings)
         self._weights = StoredWeights(self._model, reader, device)
         self._masks = PackedMasks()
@@ -129,7 +129,7 @@ class _Streaming:
             for target in piece_targets:
                 check_target(target, live[target.name])
         budgets = make_budgets(targets, settings, _StoredMatrices(targets, self._weights))
-        with _writer(output, self._reader) as writer:
+        with open_writer(output, self._reader) as writer:
             if is_calibrated(method, budgets):
                 self._prune_blocks(batches, budgets, writer)
             else:
@@ -210,7 +210,7 @@ class _StoredMatrices(Mapping[str, Tensor]):
         return len(self._where)
 
 
-def _skeleton(directory: Path, reader: CheckpointReader, device: torch.device | str) -> Any:
+def open_skeleton(directory: Path, reader: CheckpointReader, device: torch.device | str) -> Any:
     """The model without weights, in the dtype `load_model` would give it, its buffers on the device."""
     dtype = getattr(load_config(directory), "dtype", None)
     if dtype is None:
@@ -234,7 +234,8 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def _writer(output: Path, reader: CheckpointReader) -> CheckpointWriter:
+def open_writer(output: Path, reader: CheckpointReader) -> CheckpointWriter:
+    """A writer of the files, names, dtypes and shapes of another checkpoint."""
     output.mkdir(parents=True, exist_ok=True)
     shards = [(file, {n: (reader.dtype(n), reader.shape(n)) for n in names}) for file, names in reader.shards]
     return CheckpointWriter(output, shards, metadata=reader.metadata)
@@ -251,6 +252,22 @@ def _prune_whole(
     """For layouts that cannot be streamed: load, prune, and write the source's tensors with their new values."""
     model = load_model(directory, device=device)
     masks = prune_with(model, settings, calibration)
+    write_whole(model, directory, reader, output)
+    return masks
+
+
+def write_whole(model: Any, directory: Path, reader: CheckpointReader, output: Path) -> None:
+    """Write a loaded model's tensors into files like those it was loaded from; what it does not know is copied.
+
+    Args:
+        model: a transformers model, plain.
+        directory: where it was loaded from.
+        reader: of that directory.
+        output: the new directory.
+
+    Raises:
+        RuntimeError: if transformers stores one of the tensors under another name or shape.
+    """
     state = revert_weight_conversion(model, model.state_dict())
     stored = {n: t for n, t in state.items() if n in reader and tuple(t.shape) == reader.shape(n)}
     places = {tensor.data_ptr() for tensor in stored.values()}
@@ -258,9 +275,8 @@ def _prune_whole(
     if homeless:
         raise RuntimeError(
             f"transformers saves '{homeless[0]}' of this model under another name or shape than '{directory}' has it; "
-            f"load the model, use prune() and save_pretrained()."
+            f"load the model, change it in memory and use save_pretrained()."
         )
-    with _writer(output, reader) as writer:
+    with open_writer(output, reader) as writer:
         for name in reader.names():
             writer.write(name, stored[name].to(reader.dtype(name)) if name in stored else reader.get(name))
-    return masks

@@ -1,0 +1,389 @@
+"""Reconstruct the blocks of a model one after the other: the driver behind `reconstruct` and `reconstruct_checkpoint`.
+
+    for each block, in the order the model calls them:
+        run the DENSE block once on all batches: the targets of its windows
+        for each window:
+            e0 = its error; train it; merge, cast back; e1 = its error
+            keep the result if e1 < e0, else the weights it had
+        run the block as it is now: its outputs are the inputs of the next block
+
+Of the pass that measures e1 the outputs are kept that later windows, and the next block, take in; so nothing that is
+frozen is computed once per training step.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from sparse_ft.masks import MaskSet, keep_bits, mask_
+from sparse_ft.models import find_blocks
+from sparse_ft.pruning import named_generator
+from sparse_ft.pruning.replay import map_tensors
+from sparse_ft.reconstruction.optimise import OfBatch, RunningLoss, train_window
+from sparse_ft.reconstruction.settings import Settings
+from sparse_ft.reconstruction.streams import Streams
+from sparse_ft.reconstruction.trained import TrainedWindow
+from sparse_ft.reconstruction.windows import Arguments, Window, WindowCopy, find_windows, first_tensor
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class WindowResult:
+    """What became of one window.
+
+    Attributes:
+        block: canonical name of its block.
+        window: `"attn"`, `"mlp"`, `"block"`, or the path of a matrix in the block.
+        before: mean squared error before.
+        after: of the weights that the model has now.
+        iterations: training steps made.
+        improved: False if training did not lower the error, so that the window has the weights it had before.
+    """
+
+    block: str
+    window: str
+    before: float
+    after: float
+    iterations: int
+    improved: bool
+
+
+@dataclass
+class _Piece:
+    """A window ready to be trained; functions of the batch number work with the weights of the moment.
+
+    Attributes:
+        window: which.
+        batches: numbers of the batches that reach it.
+        target: what it should compute.
+        before: its error.
+        after: its error, what it computes being passed on.
+        working: a copy to train: a module, the names its parameters have in the block, and its result for a batch.
+    """
+
+    window: Window
+    batches: Sequence[int]
+    target: OfBatch
+    before: Callable[[], float]
+    after: Callable[[], float]
+    working: Callable[[], tuple[nn.Module, dict[str, str], OfBatch]]
+
+
+class BlockReconstruction:
+    """One run over the blocks of a model.
+
+    Args:
+        model: what is reconstructed, in place.
+        dense: the model it was pruned from.
+        masks: of the model; their weights are exactly zero where they say so.
+        groups: canonical names of other parameters to train.
+        batches: keyword arguments of the model's forward, each of one training step.
+        settings: checked arguments.
+        device: where blocks are trained.
+        dense_device: where the dense model is.
+        keep: turns an activation into the copy that is held.
+
+    Attributes:
+        rows: what became of the windows.
+        whole: blocks that have no cut between attention and MLP, where one was asked for.
+        skipped: blocks that the model never called.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        dense: nn.Module,
+        masks: MaskSet,
+        groups: frozenset[str],
+        batches: Sequence[dict[str, Any]],
+        settings: Settings,
+        *,
+        device: torch.device | str,
+        dense_device: torch.device | str,
+        keep: Callable[[Tensor], Tensor],
+    ) -> None:
+        self._blocks, self._dense_blocks = find_blocks(model), find_blocks(dense)
+        self._masks, self._groups, self._settings, self._keep = masks, groups, settings, keep
+        self._device = torch.device(device)
+        self._numbers = range(len(batches))
+        self._streams = Streams(
+            settings.stream, (model, self._blocks), (dense, self._dense_blocks), batches,
+            device=device, dense_device=dense_device, keep=keep,
+        )  # fmt: skip
+        masked = masks if settings.train.weights is not None else ()
+        names = [*masked, *sorted(groups)]
+        prefixes = {name: f"{name}." for name, _ in self._blocks}
+        self._trained = {
+            block: [n.removeprefix(prefix) for n in names if n.startswith(prefix)] for block, prefix in prefixes.items()
+        }
+        self._name = ""
+        self.rows: list[WindowResult] = []
+        self.whole: list[str] = []
+        self.skipped: list[str] = []
+
+    def run(
+        self,
+        *,
+        load: Callable[[str], None] = lambda name: None,
+        finish: Callable[[str, Sequence[str]], None] = lambda name, changed: None,
+    ) -> None:
+        """Reconstruct all blocks.
+
+        Args:
+            load: called with a block's name before it is run: both models' blocks must have their weights then.
+            finish: called with a block's name and the names of the parameters that may have changed.
+        """
+        left = {name: index for index, (name, _) in enumerate(self._blocks)}
+        with self._streams, self._bar() as bar:
+            while any(self._trained[name] for name in left):
+                index = self._streams.next_block()
+                if index is None:
+                    break
+                self._name = name = self._blocks[index][0]
+                del left[name]
+                load(name)
+                more = any(self._trained[other] for other in left)
+                self._block(index, more, bar)
+                finish(name, [f"{name}.{trained}" for trained in self._trained[name]])
+        self.skipped = [name for name in left if self._trained[name]]
+        self._warn()
+
+    def _bar(self) -> Any:
+        count = sum(1 for names in self._trained.values() if names)
+        return tqdm(total=count, desc="reconstruct", unit="window", delay=2, disable=not self._settings.progress)
+
+    def _warn(self) -> None:
+        if self.whole:
+            warnings.warn(
+                f"{len(self.whole)} blocks run attention and MLP side by side, or have no attention, and were "
+                f"reconstructed as a whole, the first of them '{self.whole[0]}'.",
+                stacklevel=4,
+            )
+        if self.skipped:
+            warnings.warn(
+                f"{len(self.skipped)} blocks were never called for this calibration data and are as before, the first "
+                f"of them '{self.skipped[0]}'.",
+                stacklevel=4,
+            )
+
+    def _block(self, index: int, more: bool, bar: Any) -> None:
+        """Reconstruct one block, and pass its outputs on if `more` blocks follow."""
+        self._advanced = False
+        if self._trained[self._name]:
+            self._streams.enter(index)
+            pieces = list(self._windows(index))
+            bar.total += len(pieces) - 1
+            for piece in self._pieces(index, pieces, more):
+                if any(piece.window.owns(name) for name in self._trained[self._name]):
+                    self.rows.append(self._fit(index, piece))
+                else:
+                    piece.after()
+                bar.update()
+        if more and not self._advanced:
+            self._streams.advance(index)
+        if more:
+            self._streams.advance_target(index)
+
+    def _windows(self, index: int) -> list[Window]:
+        """The windows of a block up to the last one with something to train."""
+        trained = self._trained[self._name]
+        matrices = [name for name in trained if f"{self._name}.{name}" in self._masks]
+        block, granularity = self._blocks[index][1], self._settings.granularity
+        windows = find_windows(block, partial(self._streams.inputs, 0), granularity, matrices)
+        if granularity == "attn_mlp" and len(windows) == 1:
+            self.whole.append(self._name)
+        while windows and not any(windows[-1].owns(name) for name in trained):
+            windows.pop()
+        return windows
+
+    def _pieces(self, index: int, windows: Sequence[Window], more: bool) -> Iterator[_Piece]:
+        """Each window when those before it are done."""
+        block, dense = self._blocks[index][1], self._dense_block(index)
+        if self._settings.granularity == "linear":
+            for window in windows:
+                yield self._matrix(block, dense, window)
+            return
+        replayed: dict[str, list[Any]] = {}
+        targets = self._targets(dense, windows, replayed)
+        for number, window in enumerate(windows):
+            yield self._part(index, window, windows[number + 1 :], targets.pop(window.name), replayed, more)
+
+    def _dense_block(self, index: int) -> nn.Module:
+        dense = self._dense_blocks[index][1]
+        here = all(parameter.device == self._device for parameter in dense.parameters())
+        return dense if here else deepcopy(dense).to(self._device)
+
+    @torch.no_grad()
+    def _targets(
+        self, dense: nn.Module, windows: Sequence[Window], replayed: dict[str, list[Any]]
+    ) -> dict[str, list[Tensor]]:
+        """What the dense block computes at the end of each window, per batch.
+
+        With dense inputs its own outputs are also those that later windows replay.
+        """
+        stops = [window.stop for window in windows if window.stop is not None]
+        record = windows[-1].unused if self._streams.is_dense else {}
+        copied = WindowCopy(dense, Window("block"), watch=stops, record=record, keep=self._keep)
+        targets: dict[str, list[Tensor]] = {window.name: [] for window in windows}
+        for number in self._numbers:
+            result = copied(self._streams.dense_inputs(number))
+            for window in windows:
+                targets[window.name].append(copied.seen[window.stop] if window.stop else self._keep(result))
+            for path, output in copied.outputs.items():
+                replayed.setdefault(path, []).append(output)
+        return targets
+
+    def _part(
+        self,
+        index: int,
+        window: Window,
+        following: Sequence[Window],
+        targets: list[Tensor],
+        replayed: dict[str, list[Any]],
+        more: bool,
+    ) -> _Piece:
+        """A window that runs the block's own forward."""
+        block = self._blocks[index][1]
+
+        def outputs(number: int) -> dict[str, Any]:
+            return {
+                path: map_tensors(replayed[path][number], lambda tensor: tensor.to(self._device, copy=True))
+                for path in window.replayed
+            }
+
+        @torch.no_grad()
+        def error(record: Mapping[str, frozenset[int]]) -> float:
+            copied, loss = WindowCopy(block, window, record=record, keep=self._keep), RunningLoss()
+            for path in record:
+                replayed[path] = []
+            for number in self._numbers:
+                loss.add(copied(self._streams.inputs(number), outputs(number)), targets[number])
+                for path, output in copied.outputs.items():
+                    replayed[path].append(output)
+            return loss.mean()
+
+        def after() -> float:
+            if window.stop is None and not self._streams.is_dense:
+                self._advanced, loss = True, RunningLoss()
+                self._streams.advance(index, lambda number, result: loss.add(result, targets[number]), record=more)
+                return loss.mean()
+            needed = {path: unused for other in following for path, unused in other.unused.items()}
+            within = {path: unused for path, unused in needed.items() if path in window.modules}
+            return error({} if self._streams.is_dense else within)
+
+        def working() -> tuple[nn.Module, dict[str, str], OfBatch]:
+            copied = WindowCopy(block, window, share=False)
+            widen(copied.module)
+
+            def forward(number: int) -> Tensor:
+                return copied(widened(self._streams.inputs(number)), widened(outputs(number)))
+
+            return copied.module, {name: name for name, _ in copied.module.named_parameters()}, forward
+
+        return _Piece(window, self._numbers, targets.__getitem__, lambda: error({}), after, working)
+
+    @torch.no_grad()
+    def _matrix(self, block: nn.Module, dense: nn.Module, window: Window) -> _Piece:
+        """A window that is one module, called with what reaches it."""
+        path, is_dense = window.name, self._streams.is_dense
+        copied = WindowCopy(dense if is_dense else block, Window(path, stop=path))
+        calls: dict[int, Arguments] = {}
+        targets: dict[int, Tensor] = {}
+        for number in self._numbers:
+            call = copied.reach(self._streams.inputs(number))
+            if call is None or first_tensor(call).numel() == 0:
+                continue
+            calls[number] = map_tensors(call, self._keep)
+            targets[number] = self._keep(first_tensor(dense.get_submodule(path)(*call[0], **call[1])))
+
+        def given(number: int) -> Arguments:
+            args, kwargs = map_tensors(calls[number], lambda tensor: tensor.to(self._device, copy=True))
+            return args, kwargs
+
+        @torch.no_grad()
+        def error() -> float:
+            loss, module = RunningLoss(), block.get_submodule(path)
+            for number in calls:
+                args, kwargs = given(number)
+                loss.add(first_tensor(module(*args, **kwargs)), targets[number])
+            return loss.mean()
+
+        def working() -> tuple[nn.Module, dict[str, str], OfBatch]:
+            holder = nn.ModuleDict({"matrix": deepcopy(block.get_submodule(path)).eval()})
+            widen(holder)
+
+            def forward(number: int) -> Tensor:
+                args, kwargs = widened(given(number))
+                return first_tensor(holder["matrix"](*args, **kwargs))
+
+            names = {name: name.replace("matrix", path, 1) for name, _ in holder.named_parameters()}
+            return holder, names, forward
+
+        return _Piece(window, list(calls), targets.__getitem__, error, error, working)
+
+    def _fit(self, index: int, piece: _Piece) -> WindowResult:
+        """Train one window; keep the result if its error, merged and in the model's dtype, is lower."""
+        before, steps = piece.before(), 0
+        if piece.batches and math.isfinite(before) and before > 0 and self._settings.iterations != 0:
+            values, steps = self._train(piece, before)
+            previous = self._put(index, values)
+            after = piece.after()
+            if after < before:
+                return WindowResult(self._name, piece.window.name, before, after, steps, True)
+            for parameter, value in previous:
+                parameter.data.copy_(value)
+        piece.after()
+        return WindowResult(self._name, piece.window.name, before, before, steps, False)
+
+    def _train(self, piece: _Piece, before: float) -> tuple[dict[str, Tensor], int]:
+        """The values of the window's parameters by name in the block, in fp32, and the number of steps."""
+        how, key = self._settings, f"{self._name}.{piece.window.name}"
+        module, names, forward = piece.working()
+        ours = {own: name for own, name in names.items() if piece.window.owns(name)}
+        canonical = {own: f"{self._name}.{name}" for own, name in ours.items()}
+        masks = {own: self._masks[name] for own, name in canonical.items() if name in self._masks}
+        groups = [own for own, name in canonical.items() if name in self._groups]
+        seed = named_generator(how.seed, key).initial_seed()
+        trained = TrainedWindow(module, how.train.weights, masks, groups, r=how.r, lora_alpha=how.lora_alpha, seed=seed)
+        steps = 0
+        if trained.parameters:
+            steps = train_window(
+                trained.parameters, forward, piece.target, piece.batches,
+                iterations=len(piece.batches) if how.iterations is None else how.iterations,
+                learning_rate=how.learning_rate, generator=named_generator(how.seed, key), warmup=how.warmup,
+                before=before, autocast=how.autocast,
+            )  # fmt: skip
+        return {ours[own]: value for own, value in trained.finish().items()}, steps
+
+    @torch.no_grad()
+    def _put(self, index: int, values: Mapping[str, Tensor]) -> list[tuple[nn.Parameter, Tensor]]:
+        """Cast values into the block's parameters, pruned weights exactly zero; the parameters and what they held."""
+        previous = []
+        for name, value in values.items():
+            parameter = self._blocks[index][1].get_parameter(name)
+            previous.append((parameter, parameter.detach().clone()))
+            parameter.data.copy_(value)
+            if f"{self._name}.{name}" in self._masks:
+                mask_(parameter.data, keep_bits(self._masks[f"{self._name}.{name}"].to(parameter.device)))
+        return previous
+
+
+def widen(module: nn.Module) -> None:
+    """Put all 16-bit parameters and buffers of a module into fp32."""
+    module._apply(lambda tensor: tensor.float() if tensor.dtype in _HALF else tensor)
+
+
+def widened(value: Any) -> Any:
+    """Nested arguments with all 16-bit tensors in fp32."""
+    return map_tensors(value, lambda tensor: tensor.float() if tensor.dtype in _HALF else tensor)

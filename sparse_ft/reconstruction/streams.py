@@ -1,0 +1,158 @@
+"""Where the inputs of a block come from, and the inputs its targets are computed from.
+
+| stream | a block's input | its target |
+|---|---|---|
+| `sparse` | from the blocks reconstructed before it | what the dense block makes of that same input |
+| `dense` | from the dense model | what the dense block makes of that same input |
+| `sparse_to_dense` | from the blocks reconstructed before it | what the dense block makes of the dense model's input |
+
+With `sparse` every block makes up for its own error, with `sparse_to_dense` also for the error that has piled up before
+it. With `dense` the windows do not depend on each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparse_ft.pruning.replay import BlockReplay, StopForward, map_tensors
+from sparse_ft.reconstruction.windows import Arguments, first_tensor
+
+STREAMS = ("sparse", "dense", "sparse_to_dense")
+
+
+class Streams:
+    """Context manager over one or two models that are run block by block.
+
+    Args:
+        stream: one of `STREAMS`.
+        sparse: the model that is reconstructed, and its blocks.
+        dense: the model it was pruned from, and its blocks in the same order.
+        batches: keyword arguments of the models' forward.
+        device: where blocks are trained.
+        dense_device: where the dense model is.
+        keep: turns an activation into the copy that is held.
+    """
+
+    def __init__(
+        self,
+        stream: str,
+        sparse: tuple[nn.Module, Sequence[tuple[str, nn.Module]]],
+        dense: tuple[nn.Module, Sequence[tuple[str, nn.Module]]],
+        batches: Sequence[dict[str, Any]],
+        *,
+        device: torch.device | str,
+        dense_device: torch.device | str,
+        keep: Callable[[Tensor], Tensor],
+    ) -> None:
+        self._device = torch.device(device)
+        places = {"sparse": (sparse, device), "dense": (dense, dense_device)}
+        self._used = {"sparse": ["sparse"], "dense": ["dense"], "sparse_to_dense": ["sparse", "dense"]}[stream]
+        # the first gives the inputs, the last the inputs of the targets
+        self._replays = [BlockReplay(*places[one][0], batches, places[one][1], keep=keep) for one in self._used]
+        self._blocks_of = [places[one][0][1] for one in self._used]
+
+    def __enter__(self) -> Streams:
+        for replay in self._replays:
+            replay.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for replay in self._replays:
+            replay.__exit__(kind, error, trace)
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether inputs come from the dense model."""
+        return self._used[0] == "dense"
+
+    def next_block(self) -> int | None:
+        """Index of the block the models call next; None when they call no other."""
+        return self._replays[0].next_block()
+
+    def inputs(self, number: int) -> Arguments:
+        """The arguments of the next block for one batch, to be written into at will."""
+        return self._here(self._replays[0].arguments(number))
+
+    def dense_inputs(self, number: int) -> Arguments:
+        """The arguments that the target of a batch is computed from."""
+        return self._here(self._replays[-1].arguments(number))
+
+    def enter(self, index: int) -> None:
+        """Come to the next block once with every batch: activations that no block needs any more are dropped then.
+
+        Raises:
+            RuntimeError: if the block stands for several layers, that is, is called more than once in a forward.
+        """
+        for replay, blocks in zip(self._replays, self._blocks_of, strict=True):
+            calls = _CountCalls()
+            hook = blocks[index][1].register_forward_pre_hook(calls)
+            try:
+                replay.run(index, before_batch=calls.start)
+            finally:
+                hook.remove()
+            if calls.most > 1:
+                raise RuntimeError(
+                    f"The model calls '{blocks[index][0]}' {calls.most} times in one forward: layers that share their "
+                    f"weights cannot be reconstructed one by one; retrain the model with another method."
+                )
+
+    def advance(self, index: int, compare: Callable[[int, Tensor], None] | None = None, *, record: bool = True) -> None:
+        """Run the block as it is now in the model that gives the inputs; what it returns is what the next ones get.
+
+        It may be run again when its weights have changed.
+
+        Args:
+            index: what `next_block` returned.
+            compare: called with the number of each batch and the block's hidden states.
+            record: False if no block follows.
+        """
+        number = 0
+
+        def started(current: int) -> None:
+            nonlocal number
+            number = current
+
+        def returned(block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if compare is not None:
+                compare(number, first_tensor(output))
+
+        if not record and compare is None:
+            return
+        hook = self._blocks_of[0][index][1].register_forward_hook(returned)
+        try:
+            self._replays[0].run(index, record=record, before_batch=started)
+        finally:
+            hook.remove()
+
+    def advance_target(self, index: int) -> None:
+        """Run the dense block, where its model is not the one `advance` runs."""
+        for replay in self._replays[1:]:
+            replay.run(index, record=True)
+
+    def _here(self, arguments: Arguments) -> Arguments:
+        args, kwargs = map_tensors(arguments, lambda tensor: tensor.to(self._device))
+        return args, kwargs
+
+
+class _CountCalls:
+    """Forward pre-hook of a block: counts its calls in the first batch, and stops the others."""
+
+    def __init__(self) -> None:
+        self.most = 0
+        self._number = 0
+
+    def start(self, number: int) -> None:
+        """Say that a batch begins."""
+        self._number = number
+
+    def __call__(self, block: nn.Module, args: tuple[Any, ...]) -> None:
+        if self._number > 0:
+            raise StopForward
+        self.most += 1
