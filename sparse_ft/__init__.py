@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from sparse_ft.adapters import MaskLoraModel as MaskLoraModel
     from sparse_ft.adapters import ScaleLoraConfig as ScaleLoraConfig
     from sparse_ft.adapters import ScaleLoraModel as ScaleLoraModel
+    from sparse_ft.adapters import merge_into_base as merge_into_base
     from sparse_ft.evaluation import perplexity as perplexity
     from sparse_ft.evaluation import sparsity_table as sparsity_table
     from sparse_ft.masks import MaskSet as MaskSet
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
     from sparse_ft.models import find_targets as find_targets
     from sparse_ft.pruning import prune as prune
     from sparse_ft.pruning import prune_checkpoint as prune_checkpoint
+    from sparse_ft.pruning import prune_retrain as prune_retrain
+    from sparse_ft.reconstruction import reconstruct as reconstruct
+    from sparse_ft.reconstruction import reconstruct_checkpoint as reconstruct_checkpoint
     from sparse_ft.training import MaskCallback as MaskCallback
 
 # public name -> the room that defines it
@@ -45,9 +49,13 @@ _ROOM_OF = {
     "ScaleLoraConfig": "adapters",
     "ScaleLoraModel": "adapters",
     "find_targets": "models",
+    "merge_into_base": "adapters",
     "perplexity": "evaluation",
     "prune": "pruning",
     "prune_checkpoint": "pruning",
+    "prune_retrain": "pruning",
+    "reconstruct": "reconstruction",
+    "reconstruct_checkpoint": "reconstruction",
     "sparsity_table": "evaluation",
 }
 
@@ -63,9 +71,13 @@ __all__ = [
     "ScaleLoraModel",
     "__version__",
     "find_targets",
+    "merge_into_base",
     "perplexity",
     "prune",
     "prune_checkpoint",
+    "prune_retrain",
+    "reconstruct",
+    "reconstruct_checkpoint",
     "sparsity_table",
 ]
 

@@ -1,6 +1,7 @@
 """One-shot pruning: magnitude, random, Wanda, SparseGPT; start reading in `prune.py`."""
 
 from sparse_ft.pruning.allocation import erk, global_magnitude, uniform
+from sparse_ft.pruning.cycles import Cycle, PruneRetrainResult, prune_retrain
 from sparse_ft.pruning.magnitude import magnitude_mask, magnitude_scores
 from sparse_ft.pruning.prune import METHODS, prune
 from sparse_ft.pruning.random import named_generator, random_mask, random_scores
@@ -11,8 +12,10 @@ from sparse_ft.pruning.wanda import wanda_mask, wanda_scores
 
 __all__ = [
     "METHODS",
+    "Cycle",
     "Hessian",
     "InverseFactor",
+    "PruneRetrainResult",
     "SecondMoment",
     "SparseGPTResult",
     "erk",
@@ -23,6 +26,7 @@ __all__ = [
     "named_generator",
     "prune",
     "prune_checkpoint",
+    "prune_retrain",
     "random_mask",
     "random_scores",
     "sparsegpt",
