@@ -287,6 +287,17 @@ BAD: dict[str, tuple[dict[str, object], tuple[str, ...]]] = {
 }
 
 
+@pytest.fixture
+def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measuring the perplexity to start from, the first work of a run, is an error."""
+
+    def measured(*args: object) -> None:
+        raise AssertionError("work was done")
+
+    monkeypatch.setattr("sparse_ft.cli.retrain.measure", measured)
+
+
+@pytest.mark.usefixtures("no_work")
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input(case: str, place: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
@@ -294,6 +305,7 @@ def test_bad_input(case: str, place: Path, command: Command, monkeypatch: pytest
     refused(command, place, *retrain_words(place, **options), naming=naming)
 
 
+@pytest.mark.usefixtures("no_work")
 @pytest.mark.parametrize("method", ["head", "mask_lora+embeddings"])
 def test_tied_weights(method: str, sparse: dict[str, Path], place: Path, command: Command) -> None:
     shutil.copytree(sparse["gpt2"], place / "tied")
@@ -301,6 +313,7 @@ def test_tied_weights(method: str, sparse: dict[str, Path], place: Path, command
     refused(command, place, *words, naming=("share their weight", "untie", "leave out"))
 
 
+@pytest.mark.usefixtures("no_work")
 @pytest.mark.parametrize("more", [{}, {"dtype": "bfloat16"}])
 def test_half_precision_without_autocast(
     more: dict[str, object], sparse: dict[str, Path], place: Path, command: Command
