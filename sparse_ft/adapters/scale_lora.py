@@ -92,7 +92,7 @@ class _ScaleLayer(MaskedLayer):
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int | None, config: Any, **kwargs: Any) -> None:
         """Add an adapter with B A = 1; its mask follows by `set_mask`."""
         super().update_layer(adapter_name, r, r, config=config, **kwargs)
-        if config.init_lora_weights:
+        if isinstance(config, ScaleLoraConfig) and config.init_lora_weights:
             self._start(adapter_name, r, config.break_symmetry)
 
     @torch.no_grad()
