@@ -124,7 +124,8 @@ class RetrainArguments:
     method: str = option(
         "mask_lora",
         "full (every weight), or parts joined by +: one adapter under the mask, merged at the end (mask_lora, "
-        "scale_lora, lora_prune), and groups of parameters (biases, norms, head, embeddings)",
+        "scale_lora, lora_prune), and groups of parameters (biases, norms, head, embeddings); or reconstruct, which "
+        "works block by block without a backward pass through the model",
     )
     train_split: str = option("train", "split of --dataset to train on; a `datasets` name takes slices, train[:5000]")
     r: int | None = option(None, "adapters and head: rank; by default 16")
@@ -151,7 +152,15 @@ class EvalArguments:
     split: str | None = option(None, "split of --dataset; by default test, else validation")
     stride: int | None = option(None, "step from window to window; by default no overlap")
     max_windows: int | None = option(None, "use the first so many windows; by default all")
-    batch_size: int = option(8, "windows per forward pass; does not change the result")
+    tasks: list[str] | None = field(
+        default=None,
+        metadata={"help": "zero-shot tasks of lm-evaluation-harness: names, perp for the set of PERP, or YAML files"},
+    )
+    limit: int | None = option(None, "--tasks: ask only the first so many questions of each; by default all")
+    num_fewshot: int = option(0, "--tasks: answered examples in front of each question")
+    seed: int = option(0, "--tasks: of everything random, such as the choice of those examples")
+    merge: bool = option(False, "merge an adapter into its model first, and evaluate what would be saved")
+    batch_size: int = option(8, "windows or answers per forward pass; does not change the result")
     dtype: str = option("auto", "dtype of the weights: auto (as stored), float32, bfloat16 or float16")
     device: str | None = option(None, "by default cuda if there is one, else cpu")
     trust_remote_code: bool = option(False, "allow model code shipped with the checkpoint to run")

@@ -1,10 +1,11 @@
-"""`sparse-ft eval`: the perplexity of a checkpoint or an adapter, printed with the protocol it was measured by.
+"""`sparse-ft eval`: perplexity and zero-shot tasks of a checkpoint or an adapter, with how they were measured.
 
     sparse-ft eval S --dataset wikitext --sequence_length 2048
+    sparse-ft eval S --tasks perp                                  # boolq rte hellaswag winogrande arc_easy ...
 
-Any Hugging Face directory or Hub name can be evaluated, an adapter directory too. A checkpoint of ours keeps the
-result: `sparse_ft.json` gains an entry and `report.html` is made anew, unless `--no_record` or an `--output_dir` is
-given.
+Any Hugging Face directory or Hub name can be evaluated, an adapter directory too, as it was trained or with `--merge`
+as it would be saved. A checkpoint of ours keeps the results: `sparse_ft.json` gains entries and `report.html` is made
+anew, unless `--no_record` or an `--output_dir` is given.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ from sparse_ft.checkpoints.resolve import member
 from sparse_ft.cli.arguments import EvalArguments, ModelArguments, TextArguments, first_word_is_model, parse
 from sparse_ft.cli.measuring import choose_device, choose_dtype, choose_length, find_split, load_checked
 from sparse_ft.cli.opening import open_source
-from sparse_ft.cli.publishing import command_line, plain_arguments
-from sparse_ft.cli.refreshing import add_evaluation, is_sparse_checkpoint
+from sparse_ft.cli.publishing import command_line, plain_arguments, print_tasks
+from sparse_ft.cli.refreshing import add_evaluations, is_sparse_checkpoint
 from sparse_ft.data import tokenize
-from sparse_ft.evaluation import REPORT_HTML, PerplexityResult, ReportData, perplexity, write_report
+from sparse_ft.evaluation import REPORT_HTML, ReportData, check_numbers, load_tasks, perplexity, write_report, zero_shot
 from sparse_ft.models import load_config, load_tokenizer
 
 __all__ = ["run"]
@@ -49,60 +50,76 @@ class Subject:
 def run(argv: Sequence[str]) -> int:
     """Evaluate one checkpoint; the exit code."""
     words = first_word_is_model(argv)
-    groups = parse(words, GROUPS, verb="eval", description="Measure perplexity and say by which protocol.")
+    groups = parse(words, GROUPS, verb="eval", description="Measure perplexity and zero-shot tasks, and say how.")
     model, text, how = groups
-    if text.dataset is None:
-        raise ValueError("No text was given; name one with --dataset.")
+    tasks = [name for word in how.tasks or [] for name in word.split(",") if name]
+    if text.dataset is None and not tasks:
+        raise ValueError("No text was given; name one with --dataset, or zero-shot tasks with --tasks.")
+    check_numbers(how.limit, how.batch_size, how.num_fewshot)
     choose_dtype(how.dtype)
     inputs = [model.model_name_or_path]
     target = check_output_dir(how.output_dir, inputs=inputs) if how.output_dir is not None else None
     device = choose_device(how.device)
     with open_subject(model) as subject:
+        if how.merge and subject.adapter is None:
+            raise ValueError(f"'{subject.base}' is a model, not an adapter; leave out --merge.")
         recorded = target is None and how.record and subject.adapter is None and is_sparse_checkpoint(subject.base)
         if recorded:
             _check_recordable(subject.base)
-        result = _measure(subject, text, how, device)
-        print(f"perplexity {result.perplexity:.4f}\n  ({result.protocol})")
+        entries = _measure(subject, text, tasks, how, device)
         command = command_line("eval", argv)
         if target is not None:
-            _write(result, target, model.model_name_or_path, command, plain_arguments(*groups))
+            _write(entries, target, model.model_name_or_path, command, plain_arguments(*groups))
         elif recorded:
-            print(add_evaluation(subject.base, result.to_dict()))
+            print(add_evaluations(subject.base, entries))
     return 0
 
 
 def _check_recordable(directory: Path) -> None:
-    """Refuse before the work what `add_evaluation` would refuse after it, but for changed weights."""
+    """Refuse before the work what `add_evaluations` would refuse after it, but for changed weights."""
     if not os.access(directory, os.W_OK | os.X_OK):
         raise RuntimeError(f"No permission to write the result into '{directory}'; add --no_record to only print it.")
     read_sidecars(directory)
 
 
-def _measure(subject: Subject, text: TextArguments, how: EvalArguments, device: torch.device) -> PerplexityResult:
+def _measure(
+    subject: Subject, text: TextArguments, tasks: Sequence[str], how: EvalArguments, device: torch.device
+) -> list[dict[str, Any]]:
+    """Everything that was asked for, each printed when it is there. The texts and tasks are read before the model."""
+    tokenizer = _tokenizer_of(subject)
+    read = _read_text(subject, text, how, tokenizer) if text.dataset is not None else None
+    loaded = load_tasks(tasks) if tasks else []
+    model = load_subject(subject, choose_dtype(how.dtype), device, how.trust_remote_code, merge=how.merge)
+    entries: list[dict[str, Any]] = []
+    if read is not None:
+        options: dict[str, Any] = {"stride": how.stride, "max_windows": how.max_windows, "batch_size": how.batch_size}
+        result = perplexity(model, read.pop("ids"), **read, **options)
+        print(f"perplexity {result.perplexity:.4f}\n  ({result.protocol})")
+        entries.append(result.to_dict())
+    if loaded:
+        options = {"limit": how.limit, "num_fewshot": how.num_fewshot, "seed": how.seed, "batch_size": how.batch_size}
+        of_tasks = [result.to_dict() for result in zero_shot(model, tokenizer, loaded, **options)]
+        print_tasks(of_tasks)
+        entries += of_tasks
+    return entries
+
+
+def _read_text(
+    subject: Subject, text: TextArguments, how: EvalArguments, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
+    """What `perplexity` measures on: `ids`, `sequence_length`, `dataset` and `split`."""
     assert text.dataset is not None
     config = load_config(subject.base, trust_remote_code=how.trust_remote_code)
-    tokenizer = _tokenizer_of(subject)
     length = choose_length(text.sequence_length, config, tokenizer)
     found, split = find_split(text.dataset, how.split, config=text.dataset_config, text_field=text.text_field)
-    ids = tokenize(found, tokenizer)
-    model = load_subject(subject, choose_dtype(how.dtype), device, how.trust_remote_code)
-    return perplexity(
-        model,
-        ids,
-        sequence_length=length,
-        stride=how.stride,
-        max_windows=how.max_windows,
-        batch_size=how.batch_size,
-        dataset=text.dataset,
-        split=split,
-    )
+    return {"ids": tokenize(found, tokenizer), "sequence_length": length, "dataset": text.dataset, "split": split}
 
 
-def _write(result: PerplexityResult, target: Path, name: str, command: str, arguments: dict[str, Any]) -> None:
-    """The result as a new directory with a report."""
+def _write(entries: Sequence[dict[str, Any]], target: Path, name: str, command: str, arguments: dict[str, Any]) -> None:
+    """The results as a new directory with a report."""
     with atomic_directory(target) as directory:
-        entry = result.to_dict(label="model")
-        data = ReportData("Evaluated", name, command, evaluations=[entry], arguments=arguments, versions=versions())
+        labelled = [{"label": "model", **entry} for entry in entries]
+        data = ReportData("Evaluated", name, command, evaluations=labelled, arguments=arguments, versions=versions())
         write_report(directory, data)
     print(target / REPORT_HTML)
 
@@ -134,9 +151,9 @@ def _base_of(adapter: Path) -> str:
 
 
 def load_subject(
-    subject: Subject, dtype: str | torch.dtype, device: torch.device, trust_remote_code: bool
+    subject: Subject, dtype: str | torch.dtype, device: torch.device, trust_remote_code: bool, *, merge: bool = False
 ) -> PreTrainedModel:
-    """The model in eval mode, with its adapter attached.
+    """The model in eval mode, with its adapter attached, or merged into it.
 
     Raises:
         FileNotFoundError: if weights are missing, or an adapter of ours comes without its masks.
@@ -150,7 +167,8 @@ def load_subject(
 
     import sparse_ft.adapters  # noqa: F401  (makes PEFT know our adapter types)
 
-    return PeftModel.from_pretrained(model, str(subject.adapter)).eval()
+    adapted = PeftModel.from_pretrained(model, str(subject.adapter)).eval()
+    return adapted.merge_and_unload().eval() if merge else adapted
 
 
 def _tokenizer_of(subject: Subject) -> PreTrainedTokenizerBase:

@@ -18,15 +18,18 @@ from torch import Tensor
 from sparse_ft.checkpoints import CheckpointReader, Record, make_record, versions, write_sidecars
 from sparse_ft.cli.main import VerificationError
 from sparse_ft.evaluation import (
+    PERP_TASKS,
     REPORT_HTML,
     ComparisonRow,
     EvaluationProtocol,
     ReportData,
     SparsityRow,
     mask_sample,
+    perp_means,
     recovered_share,
     sparsity_table,
     sparsity_totals,
+    task_protocol,
     write_report,
 )
 from sparse_ft.masks import MaskSet
@@ -42,6 +45,7 @@ __all__ = [
     "print_evaluations",
     "print_outcome",
     "print_sparsity",
+    "print_tasks",
     "publish",
     "written_weights",
 ]
@@ -63,7 +67,7 @@ class Outcome:
         evaluations: `PerplexityResult.to_dict` entries, first before, last after.
         histories: `Trainer.state.log_history` by name.
         trainable: how many weights were trained: `trainable` of `total`, and `groups`, by name the number of `tensors`
-            and of `parameters` in each.
+            and of `weights` in each.
         reconstruction: one entry per window: `block`, `window`, `loss_before`, `loss_after`, `iterations`.
         previous: record of the checkpoint it started from.
     """
@@ -132,6 +136,8 @@ def report_data(
         method=outcome.method,
         evaluations=list(outcome.evaluations),
         histories=outcome.histories,
+        trainable=outcome.trainable,
+        reconstruction=outcome.reconstruction,
         mask_sample=mask_sample(masks),
         arguments=outcome.arguments,
         versions=versions(),
@@ -210,13 +216,36 @@ def print_sparsity(rows: Sequence[SparsityRow]) -> None:
 
 
 def print_evaluations(evaluations: Sequence[Mapping[str, Any]]) -> None:
-    """Perplexities, each group under the protocol it was measured by."""
+    """Perplexities, each group under the protocol it was measured by, then zero-shot tasks."""
     previous = None
     for entry in evaluations:
+        if "perplexity" not in entry:
+            continue
         if entry["protocol"] != previous:
             print(f"\nperplexity on {EvaluationProtocol(entry['protocol'])}")
         previous = entry["protocol"]
         print(f"  {entry['label']:<10} {float(entry['perplexity']):.4f}")
+    print_tasks([entry for entry in evaluations if "task" in entry])
+
+
+def print_tasks(entries: Sequence[Mapping[str, Any]]) -> None:
+    """Results of `zero_shot` under how they were measured, and the mean of `acc` over the whole set of PERP.
+
+    Args:
+        entries: from `TaskResult.to_dict`.
+    """
+    width = max((len(f"{entry['task']} {entry['metric']}") for entry in entries), default=0)
+    previous = ""
+    for entry in entries:
+        heading = " ".join(part for part in (entry.get("label"), task_protocol(entry["protocol"])) if part)
+        if heading != previous:
+            print(f"\n{heading}")
+        previous = heading
+        name = f"{entry['task']} {entry['metric']}"
+        stderr = "" if entry.get("stderr") is None else f" ± {float(entry['stderr']):.4f}"
+        print(f"  {name:<{width}}  {float(entry['value']):.4f}{stderr:<9}  {entry['protocol']['samples']:,} questions")
+    for label, mean in perp_means(entries).items():
+        print(f"{label} mean of acc over the {len(PERP_TASKS)} tasks of PERP {mean:.4f}".strip())
 
 
 def print_comparison(rows: Sequence[ComparisonRow]) -> None:

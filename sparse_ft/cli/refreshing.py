@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from sparse_ft.cli.publishing import TITLES, written_weights
 from sparse_ft.evaluation import REPORT_JSON, ReportData, SparsityRow, mask_sample, sparsity_table, write_report
 from sparse_ft.masks import MASKS_FILE, MaskSet
 
-__all__ = ["add_evaluation", "is_sparse_checkpoint", "refresh_report"]
+__all__ = ["add_evaluations", "is_sparse_checkpoint", "refresh_report"]
 
 
 def is_sparse_checkpoint(directory: Path) -> bool:
@@ -21,20 +21,21 @@ def is_sparse_checkpoint(directory: Path) -> bool:
     return (directory / RECORD_FILE).exists() or (directory / MASKS_FILE).exists()
 
 
-def add_evaluation(directory: Path, entry: Mapping[str, Any]) -> Path:
-    """Add one result to `sparse_ft.json`, make `report.html` anew, and return the path of the page.
+def add_evaluations(directory: Path, entries: Sequence[Mapping[str, Any]]) -> Path:
+    """Add results to `sparse_ft.json`, make `report.html` anew, and return the path of the page.
 
-    The entry is labelled by what the checkpoint is, `"pruned"` or `"retrained"`. An earlier result of the same label
+    The entries are labelled by what the checkpoint is, `"pruned"` or `"retrained"`. An earlier result of the same label
     and protocol is replaced.
 
     Raises:
         ValueError: if the weights, masks and record of the directory do not belong together.
     """
     masks, record = read_sidecars(directory)
-    new = {**entry, "label": TITLES.get(record.command, record.command).lower()}
-    keys = ("label", "protocol")
-    kept = [old for old in record.evaluation if any(old.get(key) != new.get(key) for key in keys)]
-    record.evaluation = [*kept, new]
+    label = TITLES.get(record.command, record.command).lower()
+    new = [{"label": label, **entry} for entry in entries]
+    replaced = [(label, entry.get("protocol")) for entry in new]
+    kept = [old for old in record.evaluation if (old.get("label"), old.get("protocol")) not in replaced]
+    record.evaluation = [*kept, *new]
     page, _ = refresh_report(directory, masks, record)
     atomic_write(directory / RECORD_FILE, record.to_json())
     return page
@@ -60,7 +61,9 @@ def refresh_report(directory: Path, masks: MaskSet, record: Record) -> tuple[Pat
         rows=rows,
         method=str(record.arguments.get("method", "")),
         evaluations=record.evaluation,
-        histories=old.get("history") or {},
+        histories=old.get("history") or record.training.get("logs") or {},
+        trainable=record.training.get("trainable") or {},
+        reconstruction=record.training.get("reconstruction") or [],
         mask_sample=mask_sample(masks),
         arguments=record.arguments,
         versions=record.versions,

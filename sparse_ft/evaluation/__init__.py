@@ -14,7 +14,15 @@ from sparse_ft.evaluation.report import (
     write_report,
 )
 from sparse_ft.evaluation.sparsity import SparsityRow, sparsity_table, sparsity_totals
-from sparse_ft.evaluation.tasks import PERP_TASKS, TaskResult, load_tasks, zero_shot
+from sparse_ft.evaluation.tasks import (
+    PERP_TASKS,
+    TaskResult,
+    check_numbers,
+    load_tasks,
+    perp_means,
+    task_protocol,
+    zero_shot,
+)
 
 __all__ = [
     "PERP_TASKS",
@@ -26,14 +34,17 @@ __all__ = [
     "ReportData",
     "SparsityRow",
     "TaskResult",
+    "check_numbers",
     "load_tasks",
     "mask_sample",
+    "perp_means",
     "perplexity",
     "plot_curves",
     "recovered_share",
     "report_numbers",
     "sparsity_table",
     "sparsity_totals",
+    "task_protocol",
     "write_comparison",
     "write_report",
     "zero_shot",

@@ -1,4 +1,4 @@
-"""The charts of a report as inline SVG: heat map, bars, curves, and a piece of a mask.
+"""The charts of a report as inline SVG: heat map, bars, and a piece of a mask; curves are in `line_charts.py`.
 
 Colours are classes that `style.py` defines for light and dark; each mark carries its exact number as `data-value` and
 its description as `<title>`, which browsers show as a tooltip and screen readers read out.
@@ -37,16 +37,6 @@ class Bar:
     note: str = ""
 
 
-@dataclass(frozen=True)
-class Curve:
-    """One curve through `points` (x, y); curves of one `hue` belong together; `dots` are drawn apart, not as a line."""
-
-    label: str
-    points: Sequence[tuple[float, float]]
-    hue: int = 0
-    dots: bool = False
-
-
 def heat_map(cells: Mapping[tuple[str, str], Cell], columns: Sequence[str], rows: Sequence[str], name: str) -> Markup:
     """A grid of shares, darker for more zeros; the scale is always 0 to 100%, so that two reports compare.
 
@@ -68,7 +58,7 @@ def heat_map(cells: Mapping[tuple[str, str], Cell], columns: Sequence[str], rows
             marks.append(_cell(cells.get((column, row)), left + i * wide, top + j * height, wide, height))
     for j, row in enumerate(rows):
         marks.append(tag("text", row, x=0, y=top + (j + 0.5) * height, class_="label"))
-    return _picture(name, total_width, total_height, *marks, class_="heat")
+    return picture(name, total_width, total_height, *marks, class_="heat")
 
 
 def bars(items: Sequence[Bar], name: str, *, baseline: tuple[str, float] | None = None) -> Markup:
@@ -85,7 +75,7 @@ def bars(items: Sequence[Bar], name: str, *, baseline: tuple[str, float] | None 
     top_value = max(numbers, default=1.0)
     ticks = log_ticks(1.0, top_value) if log else linear_ticks(0.0, top_value)
     low, high = ticks[0], max(ticks[-1], top_value)
-    at = _scale(low, high, left, WIDTH - right, log)
+    at = scale(low, high, left, WIDTH - right, log)
     y, marks = 30.0 if baseline else 14.0, list[Markup]()
     previous = ""
     for bar in items:
@@ -96,37 +86,7 @@ def bars(items: Sequence[Bar], name: str, *, baseline: tuple[str, float] | None 
         y += step
     grid = [_grid_line(at(t), formats.tick(t), 24 if baseline else 8, y) for t in ticks if t <= high]
     line = _baseline(baseline, at(baseline[1]), y) if baseline else None
-    return _picture(f"{name}{', log scale' if log else ''}", WIDTH, y + 28, *grid, *marks, line, class_="bars")
-
-
-def curves(items: Sequence[Curve], name: str, *, x_label: str = "step", y_label: str = "loss") -> Markup:
-    """Curves over steps; a long noisy one is drawn faint with its running mean on top.
-
-    Args:
-        items: at least one with two points.
-        name: what the picture shows.
-        x_label: unit of the horizontal axis.
-        y_label: unit of the vertical axis.
-    """
-    left, right, top, bottom = 64.0, WIDTH - 150.0, 22.0, 280.0
-    xs = [x for item in items for x, _ in item.points]
-    ys = [y for item in items for _, y in item.points]
-    log = min(ys) > 0 and max(ys) / min(ys) > 30
-    y_ticks = log_ticks(min(ys), max(ys)) if log else linear_ticks(min(ys), max(ys))
-    x_ticks = linear_ticks(min(xs), max(xs))
-    to_x = _scale(min(xs), max(xs), left, right, False)
-    to_y = _scale(min(y_ticks[0], min(ys)), max(y_ticks[-1], max(ys)), bottom, top, log)
-    marks = [_row_line(to_y(t), formats.tick(t), left, right) for t in y_ticks]
-    marks += [
-        tag("text", formats.tick(t), x=to_x(t), y=bottom + 22, text_anchor="middle", class_="axis")
-        for t in x_ticks
-        if min(xs) <= t <= max(xs)
-    ]
-    marks.append(tag("text", x_label, x=right + 32, y=bottom + 22, class_="axis"))
-    marks.append(tag("text", y_label + (" (log)" if log else ""), x=left - 12, y=8, text_anchor="end", class_="axis"))
-    placed: list[float] = []
-    marks += [_curve(item, to_x, to_y, right + 14, placed) for item in items]
-    return _picture(name, WIDTH, 310, *marks, class_="curves")
+    return picture(f"{name}{', log scale' if log else ''}", WIDTH, y + 28, *grid, *marks, line, class_="bars")
 
 
 def mask_picture(lines: Sequence[str], name: str) -> Markup:
@@ -142,7 +102,7 @@ def mask_picture(lines: Sequence[str], name: str) -> Markup:
         for x, bit in enumerate(line):
             squares["1" if bit == "1" else "0"] += f"M{x * unit},{y * unit}h{unit - gap}v{unit - gap}h-{unit - gap}z"
     width = unit * max((len(line) for line in lines), default=0) - gap
-    return _picture(
+    return picture(
         name,
         width,
         unit * len(lines) - gap,
@@ -190,7 +150,7 @@ def log_ticks(low: float, high: float) -> list[float]:
     return [t for t in every if first <= t <= last]
 
 
-def _scale(low: float, high: float, start: float, end: float, log: bool) -> Any:
+def scale(low: float, high: float, start: float, end: float, log: bool) -> Any:
     """Function from a value to a coordinate."""
     if high <= low:
         high = low + 1.0
@@ -205,7 +165,7 @@ def _scale(low: float, high: float, start: float, end: float, log: bool) -> Any:
     return at
 
 
-def _picture(name: str, width: float, height: float, *children: Any, class_: str) -> Markup:
+def picture(name: str, width: float, height: float, *children: Any, class_: str) -> Markup:
     """One SVG in a box that scrolls sideways where the screen is narrower than the picture can be read."""
     svg = tag(
         "svg",
@@ -214,6 +174,8 @@ def _picture(name: str, width: float, height: float, *children: Any, class_: str
         viewBox=f"0 0 {width:.6g} {height:.6g}",
         width=f"{width:.6g}",
         height=f"{height:.6g}",
+        # a narrow picture is not blown up to the width of the page
+        style=f"max-width:{width:.6g}px;min-width:min(720px,{width:.6g}px)" if width < WIDTH else None,
         role="img",
         aria_label=name,
         class_=class_,
@@ -287,58 +249,3 @@ def _baseline(baseline: tuple[str, float], x: float, bottom: float) -> Markup:
         tag("line", x1=x, x2=x, y1=20, y2=bottom + 4, class_="baseline"),
         tag("text", label, x=x, y=10, text_anchor="middle", class_="axis"),
     )
-
-
-def _row_line(y: float, label: str, left: float, right: float) -> Markup:
-    return join(
-        tag("line", x1=left, x2=right, y1=y, y2=y, class_="grid"),
-        tag("text", label, x=left - 12, y=y, text_anchor="end", class_="axis"),
-    )
-
-
-def _curve(item: Curve, to_x: Any, to_y: Any, label_x: float, placed: list[float]) -> Markup:
-    last_x, last_y = item.points[-1]
-    first_x, first_y = item.points[0]
-    span = f"{formats.tick(first_x)} to {formats.tick(last_x)}"
-    said = f"{item.label}: {first_y:.4g} to {last_y:.4g} over steps {span}"
-    parts = [tag("title", said)]
-    if item.dots:
-        for x, y in item.points:
-            title = tag("title", f"{item.label} {y:.4g} at {formats.tick(x)}")
-            parts.append(tag("circle", title, cx=to_x(x), cy=to_y(y), r=4.5, class_="dot", data_value=y))
-    else:
-        smooth = running_mean(item.points)
-        if smooth is not item.points:
-            parts.append(tag("path", d=_path(item.points, to_x, to_y), class_="raw"))
-        parts.append(tag("path", d=_path(smooth, to_x, to_y), class_="line"))
-        last_y = smooth[-1][1]
-    if item.label:
-        y = _free_place(to_y(last_y), placed)
-        parts.append(tag("text", item.label, x=label_x, y=y, class_="name"))
-    return tag("g", *parts, class_=f"series s{item.hue % 6}")
-
-
-def _free_place(y: float, placed: list[float]) -> float:
-    """The nearest height below `y` where a label does not run into those `placed`; it is added to them."""
-    while any(abs(y - other) < 17 for other in placed):
-        y += 3
-    placed.append(y)
-    return y
-
-
-def running_mean(points: Sequence[tuple[float, float]]) -> Sequence[tuple[float, float]]:
-    """Mean over a centred window of a tenth of the points, shorter at the ends; the points themselves below 30."""
-    if len(points) < 30:
-        return points
-    sums = [0.0]
-    for _, y in points:
-        sums.append(sums[-1] + y)
-    out = []
-    for i, (x, _) in enumerate(points):
-        reach = min(i, len(points) - 1 - i, len(points) // 20)
-        out.append((x, (sums[i + reach + 1] - sums[i - reach]) / (2 * reach + 1)))
-    return out
-
-
-def _path(points: Sequence[tuple[float, float]], to_x: Any, to_y: Any) -> str:
-    return "M" + "L".join(f"{to_x(x):g},{to_y(y):g}" for x, y in points)

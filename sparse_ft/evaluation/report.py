@@ -66,8 +66,11 @@ class ReportData:
         method: `"wanda"`.
         pattern: `"2:4"`; taken from the rows when empty.
         evaluations: `PerplexityResult.to_dict(label=...)`, first the model before, last the model after; `kind` may
-            give the colour as in `ComparisonRow`.
+            give the colour as in `ComparisonRow`. Results of tasks, `TaskResult.to_dict(label=...)`, may be among them.
         histories: `Trainer.state.log_history` by name of the run.
+        trainable: how many weights were trained: `trainable` of `total`, and `groups`, by name the number of `tensors`
+            and of `weights` in each.
+        reconstruction: one entry per window: `block`, `window`, `loss_before`, `loss_after`, `iterations`.
         comparison: models side by side.
         mask_sample: `mask_sample(masks)`, drawn beside the title.
         arguments: settings of the command.
@@ -86,6 +89,8 @@ class ReportData:
     pattern: str = ""
     evaluations: Sequence[Mapping[str, Any]] = ()
     histories: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+    trainable: Mapping[str, Any] = field(default_factory=dict)
+    reconstruction: Sequence[Mapping[str, Any]] = ()
     comparison: Sequence[ComparisonRow] = ()
     mask_sample: Mapping[str, Any] = field(default_factory=dict)
     arguments: Mapping[str, Any] = field(default_factory=dict)
@@ -129,7 +134,7 @@ def write_comparison(path: str | Path, rows: Sequence[ComparisonRow], data: Repo
 def report_numbers(data: ReportData) -> dict[str, Any]:
     """What is shown, as plain JSON values; inf and nan become the texts `"inf"`, `"-inf"` and `"nan"`."""
     total = sparsity_totals(data.rows).get("all")
-    evaluations = [dict(entry) for entry in data.evaluations]
+    evaluations = [dict(entry) for entry in data.evaluations if "task" not in entry]
     numbers = {
         "format_version": FORMAT_VERSION,
         "title": data.title,
@@ -145,8 +150,11 @@ def report_numbers(data: ReportData) -> dict[str, Any]:
         "tensors": [row.to_dict() for row in data.rows],
         "evaluation": evaluations,
         "change": _change(evaluations),
+        "tasks": [dict(entry) for entry in data.evaluations if "task" in entry],
         "comparison": _comparison(data.comparison),
         "history": {name: [dict(entry) for entry in entries] for name, entries in data.histories.items()},
+        "trainable": dict(data.trainable),
+        "reconstruction": [dict(entry) for entry in data.reconstruction],
         "mask_sample": dict(data.mask_sample),
         "arguments": dict(data.arguments),
         "versions": dict(data.versions),

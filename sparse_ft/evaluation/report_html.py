@@ -7,16 +7,23 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from sparse_ft.evaluation import charts, formats
-from sparse_ft.evaluation.charts import Bar, Cell, Curve
+from sparse_ft.evaluation.charts import Bar, Cell
 from sparse_ft.evaluation.markup import Markup, join, tag
 from sparse_ft.evaluation.perplexity import EvaluationProtocol
+from sparse_ft.evaluation.report_training import training_section
 from sparse_ft.evaluation.style import STYLE
-from sparse_ft.evaluation.tables import comparison_table, sparsity_tables, steps_table
+from sparse_ft.evaluation.tables import comparison_table, sparsity_tables, steps_table, tasks_table
+from sparse_ft.evaluation.tasks import perp_means, task_protocol
 
 Numbers = Mapping[str, Any]
 
 # Nothing may be loaded and no script may run, whatever a model or a file is called.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+
+_ABOUT_METRICS = (
+    "acc takes the answer with the highest log-likelihood, acc_norm divides it by the answer's length first; "
+    "the two do not compare."
+)
 
 
 def render(numbers: Numbers) -> str:
@@ -39,8 +46,9 @@ def render(numbers: Numbers) -> str:
     sections = [
         _comparison(numbers),
         _perplexity(numbers),
+        _tasks(numbers),
         _sparsity(numbers),
-        _training(numbers),
+        training_section(numbers),
         _what_changed(numbers),
         _reproduce(numbers),
     ]
@@ -217,31 +225,23 @@ def _describe(row: Mapping[str, Any]) -> str:
     return text
 
 
-def _training(numbers: Numbers) -> Markup | None:
-    runs = numbers["history"]
-    drawn: list[Curve] = []
-    for hue, (run, entries) in enumerate(runs.items()):
-        losses, evaluated = _points(entries, "loss"), _points(entries, "eval_loss")
-        if len(losses) > 1:
-            drawn.append(Curve(run if len(runs) > 1 else "training", losses, hue))
-        if evaluated:
-            label = "evaluation" if len(runs) == 1 else run if len(losses) < 2 else ""
-            drawn.append(Curve(label, evaluated, hue, dots=True))
-    if not any(len(curve.points) >= 2 for curve in drawn):
+def _tasks(numbers: Numbers) -> Markup | None:
+    entries = numbers["tasks"]
+    if not entries:
         return None
-    circles = " Circles are evaluations." if any(curve.dots for curve in drawn) else ""
+    lines = dict.fromkeys(task_protocol(entry.get("protocol") or {}) for entry in entries)
+    means = [
+        tag("p", f"{label}: ".lstrip(": "), "mean of acc over the tasks of PERP ", exact(mean, f"{mean:.4f}"), ".")
+        for label, mean in perp_means(entries).items()
+    ]
     return tag(
         "section",
-        tag("h2", "Training"),
-        tag("p", f"Loss in nats per token. Where many steps were logged, the line is their running mean.{circles}"),
-        charts.curves(drawn, "Loss over training steps"),
+        tag("h2", "Tasks"),
+        tag("p", "Share of questions answered right, ± one standard error. ", tag("span", _ABOUT_METRICS)),
+        tasks_table(entries),
+        *means,
+        tag("p", "How it was measured: ", "; ".join(lines), ".", class_="caption"),
     )
-
-
-def _points(entries: Iterable[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
-    """(step, value) of the log entries that have a finite `key`."""
-    known = (e for e in entries if formats.finite(e.get("step")) and formats.finite(e.get(key)))
-    return [(float(e["step"]), float(e[key])) for e in known]
 
 
 def _comparison(numbers: Numbers) -> Markup | None:

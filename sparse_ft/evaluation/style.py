@@ -39,6 +39,7 @@ header figcaption { max-width: 316px; }
 section { margin-top: 64px; }
 h2 { margin: 0 0 4px; font-size: 23px; line-height: 1.25; letter-spacing: -.015em; font-weight: 650; }
 h2 + p { margin: 0 0 22px; max-width: 70ch; color: var(--soft); text-wrap: pretty; }
+.lead { margin: 0 0 16px; max-width: 75ch; font-size: 14px; color: var(--soft); }
 h3 { margin: 32px 0 8px; font-size: 14px; font-weight: 650; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(210px, 1fr)); gap: 28px 32px;
   margin: 44px 0 0; }
@@ -108,8 +109,12 @@ svg rect.none { fill: none; stroke: var(--grid); stroke-dasharray: 3 3; }
 .legend .dense { background: var(--dense); } .legend .pruned { background: var(--pruned); }
 .legend .retrained { background: var(--retrained); } .legend .merged { background: var(--merged); }
 .legend .alarm { border: 2.5px solid var(--bad); }
+.legend .stroke { height: 3px; width: 20px; border-radius: 2px; background: var(--hue); }
+.legend .ring { border-radius: 50%; border: 2.25px solid var(--hue); }
 .legend .broken { background: var(--broken); opacity: .55; }
+svg .panel, svg .heading { font-weight: 600; font-size: 13px; } svg .heading { fill: var(--soft); }
 .series .line { fill: none; stroke: var(--hue); stroke-width: 2.25; stroke-linejoin: round; stroke-linecap: round; }
+.series .thin { fill: none; stroke: var(--hue); stroke-width: 1.25; opacity: .75; }
 .series .raw { fill: none; stroke: var(--hue); stroke-width: 1; opacity: .3; }
 .series .dot { fill: var(--page); stroke: var(--hue); stroke-width: 2.25; }
 .series .name { fill: var(--hue); font-weight: 600; }

@@ -7,6 +7,7 @@ from typing import Any
 
 from sparse_ft.evaluation import formats
 from sparse_ft.evaluation.markup import Markup, join, tag
+from sparse_ft.evaluation.tasks import task_protocol
 
 Row = Mapping[str, Any]
 
@@ -36,7 +37,7 @@ def steps_table(steps: Sequence[Mapping[str, Any]]) -> Markup:
     """The commands a checkpoint went through, oldest first."""
     body = []
     for number, step in enumerate(steps, 1):
-        measured = [e.get("perplexity") for e in step.get("evaluation") or []]
+        measured = [e["perplexity"] for e in step.get("evaluation") or [] if "perplexity" in e]
         share, ppl = step.get("sparsity"), measured[-1] if measured else None
         cells = [
             tag("th", f"{number}. {step.get('command', '')}", scope="row", class_="text"),
@@ -47,6 +48,90 @@ def steps_table(steps: Sequence[Mapping[str, Any]]) -> Markup:
         ]
         body.append(tag("tr", *cells))
     return _table(["Step", "Method", "Pattern", "Sparsity", "Perplexity after"], body)
+
+
+def trainable_table(counted: Sequence[tuple[str, Mapping[str, Any]]]) -> Markup:
+    """How many weights were trained, by group, with a heading per retraining where there are several.
+
+    Args:
+        counted: heading, and `trainable`, `total` and `groups` (by name the number of `tensors` and `weights`).
+    """
+    body: list[Markup] = []
+    for heading, counts in counted:
+        if len(counted) > 1:
+            body.append(tag("tr", tag("th", heading, colspan=4, scope="colgroup"), class_="group"))
+        total, groups = counts.get("total"), counts.get("groups")
+        known = groups if isinstance(groups, Mapping) else {}
+        rows = [(name, group) for name, group in known.items() if isinstance(group, Mapping)]
+        tensors = [group.get("tensors", 0) for _, group in rows]
+        together = sum(tensors) if tensors and all(isinstance(count, int) for count in tensors) else None
+        if len(rows) > 1:
+            body += [_trainable_row(name, group.get("tensors"), group.get("weights"), total) for name, group in rows]
+        name = rows[0][0] if len(rows) == 1 else "All"
+        body.append(_trainable_row(name, together, counts["trainable"], total, "best" if len(rows) > 1 else None))
+    return _table(["Trained", "Tensors", "Weights", "Share of the model"], body)
+
+
+def _trainable_row(name: str, tensors: Any, weights: Any, total: Any, kind: str | None = None) -> Markup:
+    share = weights / total if formats.finite(weights) and formats.finite(total) and total else None
+    return tag(
+        "tr",
+        tag("th", name, scope="row", class_="text"),
+        number_cell(tensors, _whole(tensors)),
+        number_cell(weights, _whole(weights)),
+        number_cell(share, "" if share is None else formats.percent(share, 4)),
+        class_=kind,
+    )
+
+
+def _whole(value: Any) -> str:
+    return formats.count(value) if isinstance(value, int) else ""
+
+
+def reconstruction_table(windows: Sequence[Mapping[str, Any]]) -> Markup:
+    """Errors of every window, folded away."""
+    body = []
+    for entry in windows:
+        before, after, steps = entry["loss_before"], entry["loss_after"], entry.get("iterations")
+        left = after / before if before else None
+        cells = [
+            tag("th", str(entry.get("block", "")), scope="row", class_="text"),
+            tag("td", str(entry.get("window", ""))),
+            number_cell(before, f"{before:.4g}"),
+            number_cell(after, f"{after:.4g}"),
+            number_cell(left, "" if left is None else formats.percent(left, 1)),
+            number_cell(steps, _whole(steps)),
+        ]
+        body.append(tag("tr", *cells))
+    head = ["Block", "Window", "Error after pruning", "After reconstruction", "Left of it", "Iterations"]
+    return tag("details", tag("summary", f"Every window ({formats.count(len(body))})"), _table(head, body))
+
+
+def tasks_table(entries: Sequence[Mapping[str, Any]]) -> Markup:
+    """One line per task and metric, one column per model, in shares with their standard errors.
+
+    Args:
+        entries: from `TaskResult.to_dict(label=...)`.
+    """
+    labels = list(dict.fromkeys(str(entry.get("label", "")) for entry in entries))
+    rows: dict[tuple[str, ...], dict[str, Mapping[str, Any]]] = {}
+    for entry in entries:
+        protocol = entry.get("protocol") or {}
+        key = str(entry["task"]), str(entry.get("metric", "")), str(protocol.get("samples")), task_protocol(protocol)
+        rows.setdefault(key, {})[str(entry.get("label", ""))] = entry
+    body = []
+    for (task, metric, samples, _), of_label in rows.items():
+        cells = [tag("th", task, scope="row", class_="text"), tag("td", metric)]
+        cells += [_task_cell(of_label.get(label)) for label in labels]
+        body.append(tag("tr", *cells, tag("td", formats.count(int(samples)) if samples.isdigit() else "")))
+    return _table(["Task", "Metric", *labels, "Questions"], body)
+
+
+def _task_cell(entry: Mapping[str, Any] | None) -> Markup:
+    if entry is None or not formats.finite(entry.get("value")):
+        return tag("td", "" if entry is None else str(entry.get("value")))
+    value, stderr = entry["value"], entry.get("stderr")
+    return number_cell(value, f"{value:.4f}" + (f" ± {stderr:.4f}" if formats.finite(stderr) else ""))
 
 
 def comparison_table(rows: Sequence[Row]) -> Markup:

@@ -20,6 +20,7 @@ from __future__ import annotations
 import copy
 import difflib
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -119,7 +120,8 @@ def zero_shot(
         >>> [f"{r.task} {r.metric}" for r in zero_shot(model, tokenizer, ["hellaswag"], limit=100)]
         ['hellaswag acc', 'hellaswag acc_norm']
     """
-    _check(model, limit, batch_size, num_fewshot)
+    check_numbers(limit, batch_size, num_fewshot)
+    _check_generates(model)
     loaded = load_tasks(tasks)
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
@@ -172,13 +174,52 @@ def load_tasks(tasks: Sequence[Any]) -> list[Any]:
         return [part for task in wanted for part in _load(task, manager)]
 
 
-def _check(model: nn.Module, limit: int | None, batch_size: int, num_fewshot: int) -> None:
+def task_protocol(protocol: Mapping[str, Any]) -> str:
+    """How a task was measured, in one line, but for the task itself: `zero-shot tasks by lm_eval 0.4.13, 0-shot, ...`.
+
+    Args:
+        protocol: of `TaskResult.to_dict`.
+    """
+    limit, shots = protocol.get("limit"), protocol.get("num_fewshot")
+    asked = "all questions" if limit is None else f"the first {limit:,} questions"
+    examples = f"{shots}-shot" if not shots else f"{shots}-shot, seed {protocol.get('seed')}"
+    length, dtype = protocol.get("max_length"), protocol.get("dtype")
+    return f"tasks by lm_eval {protocol.get('lm_eval')}, {examples}, {asked}, at most {length} tokens, {dtype}"
+
+
+def perp_means(entries: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Mean of `acc` over `PERP_TASKS` by label, where all of them were measured alike.
+
+    Args:
+        entries: from `TaskResult.to_dict`.
+    """
+    of_label: dict[tuple[str, str], dict[str, float]] = {}
+    for entry in entries:
+        if entry.get("metric") == "acc" and entry.get("task") in PERP_TASKS:
+            key = str(entry.get("label", "")), task_protocol(entry["protocol"])
+            of_label.setdefault(key, {})[entry["task"]] = float(entry["value"])
+    return {
+        label: math.fsum(values.values()) / len(values)
+        for (label, _), values in of_label.items()
+        if len(values) == len(PERP_TASKS)
+    }
+
+
+def check_numbers(limit: int | None, batch_size: int, num_fewshot: int) -> None:
+    """Refuse numbers that `zero_shot` cannot use.
+
+    Raises:
+        ValueError: if one is out of range.
+    """
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit} but must be at least 1; None asks every question.")
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size} but must be at least 1; pass the answers per forward pass.")
     if num_fewshot < 0:
         raise ValueError(f"num_fewshot is {num_fewshot} but cannot be negative; 0 shows no answered examples.")
+
+
+def _check_generates(model: nn.Module) -> None:
     name = class_name(model)
     if sees_the_right(name, config_of(model)):
         raise ValueError(f"{name} predicts a token from both sides but tasks are for models that generate; pass one.")

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from evaluation.page import Page
 from hypothesis import example, given
 from hypothesis import strategies as st
 from tiny_models import TINY
@@ -35,45 +36,6 @@ from sparse_ft.masks import MaskSet
 from sparse_ft.models import find_targets, named_weights
 
 EVIL = "<script>alert('x')</script>\"'><img src=http://evil.example/a onerror=alert(1)> & ${x} `y`"
-VOID = {"meta", "link", "br", "img", "input", "hr"}
-
-
-class Page(HTMLParser):
-    """Collects what a browser would see, and fails on tags that do not nest."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__(convert_charrefs=True)
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict[str, str]]] = []
-        self.values: list[tuple[str, str]] = []
-        self.marks: list[str] = []
-        self.text: list[str] = []
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, name: str, attrs: list[tuple[str, str | None]]) -> None:
-        self._note(name, attrs)
-        if name not in VOID:
-            self.open.append(name)
-
-    def handle_startendtag(self, name: str, attrs: list[tuple[str, str | None]]) -> None:
-        self._note(name, attrs)
-
-    def handle_endtag(self, name: str) -> None:
-        assert self.open and self.open.pop() == name
-
-    def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] != "style":
-            self.text.append(data)
-        if self.open and self.open[-1] == "data" and self.tags[-1][0] == "data":
-            self.values.append((self.tags[-1][1]["value"], data))
-
-    def _note(self, name: str, attrs: list[tuple[str, str | None]]) -> None:
-        found = {key: value or "" for key, value in attrs}
-        self.tags.append((name, found))
-        if "data-value" in found:
-            self.marks.append(found["data-value"])
 
 
 def protocol(windows: int = 240) -> dict[str, Any]:
@@ -374,7 +336,7 @@ def test_heat_map_survives_many_blocks_and_gaps() -> None:
             assert float(attributes["x"]) + float(attributes["width"]) <= float(box[2]) + 1e-6
 
 
-def test_bars_and_curves_stay_inside_the_picture() -> None:
+def test_bars_stay_inside_the_picture() -> None:
     bars = [
         charts.Bar("a", 5.0),
         charts.Bar("b", 1e5),
@@ -390,9 +352,6 @@ def test_bars_and_curves_stay_inside_the_picture() -> None:
         for name, attributes in Page(drawn).tags:
             if name in ("line", "text"):
                 assert 0 <= float(attributes.get("x", attributes.get("x1", 0))) <= charts.WIDTH
-    curve = charts.Curve("flat", [(0.0, 2.0), (1.0, 2.0)])
-    path = next(a["d"] for n, a in Page(charts.curves([curve], "x")).tags if n == "path")
-    assert all(math.isfinite(float(number)) for number in re.findall(r"[-\d.]+", path))
 
 
 @example(0.001, 0.0010000000000000002)
@@ -403,14 +362,6 @@ def test_ticks_cover_the_range(a: float, b: float) -> None:
     for ticks in (charts.linear_ticks(low, high), charts.log_ticks(low, high)):
         assert ticks[0] <= low * 1.001 and ticks[-1] >= high * 0.999
         assert ticks == sorted(set(ticks)) and len(ticks) <= 25
-
-
-@given(st.lists(st.floats(-100, 100), min_size=30, max_size=200))
-def test_running_mean_stays_within_the_values(values: list[float]) -> None:
-    smooth = charts.running_mean([(float(i), v) for i, v in enumerate(values)])
-    assert len(smooth) == len(values)
-    assert min(values) - 1e-9 <= min(v for _, v in smooth) and max(v for _, v in smooth) <= max(values) + 1e-9
-    assert smooth[0][1] == pytest.approx(values[0]) and smooth[-1][1] == pytest.approx(values[-1])
 
 
 @pytest.mark.parametrize(
