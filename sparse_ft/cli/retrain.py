@@ -3,7 +3,8 @@
     sparse-ft retrain --config perp/llama_2of4 --model_name_or_path S --output_dir R
 
 `--method mask_lora` trains adapters under the mask and merges them; `--method full` trains every weight that is left;
-`--method norms`, `mask_lora+norms` and others train a small part (`cli.retrain_methods`).
+`--method norms`, `mask_lora+norms` and others train a small part (`cli.retrain_methods`). `--method reconstruct` works
+block by block instead (`cli.reconstruct`).
 Everything else is `transformers.TrainingArguments`, unchanged. Checkpoints of the run live in `<output_dir>.run`
 until the result is whole; a killed run goes on with `--resume_from_checkpoint true` and ends with the same weights.
 """
@@ -37,6 +38,7 @@ from sparse_ft.checkpoints import (
     make_record,
     write_sidecars,
 )
+from sparse_ft.cli import reconstruct
 from sparse_ft.cli.arguments import (
     RETRAIN_DEFAULTS,
     RETRAIN_OVERRULES,
@@ -49,6 +51,7 @@ from sparse_ft.cli.arguments import (
 from sparse_ft.cli.measuring import EvalText, choose_dtype, choose_eval_text, choose_length, measure
 from sparse_ft.cli.opening import is_causal, open_source
 from sparse_ft.cli.publishing import Outcome, plain_arguments, print_outcome, publish, written_weights
+from sparse_ft.cli.reconstruct import ReconstructArguments, check_unused
 from sparse_ft.cli.retrain_methods import Method, check_settings, choose_method, print_trainable
 from sparse_ft.cli.retrain_run import bare_resume_flag, decisive_settings, open_run, run_dir_of, run_identity
 from sparse_ft.cli.retrain_source import SparseModel, load_sparse_model
@@ -58,7 +61,7 @@ from sparse_ft.training import MaskCallback
 
 __all__ = ["Job", "run"]
 
-GROUPS = (ModelArguments, TextArguments, RetrainArguments, EvaluationArguments, TrainingArguments)
+GROUPS = (ModelArguments, TextArguments, RetrainArguments, ReconstructArguments, EvaluationArguments, TrainingArguments)
 TENSORBOARD = "runs"  # where transformers' TensorBoard callback writes, below the directory of the run
 
 
@@ -96,7 +99,7 @@ class Job:
 def run(argv: Sequence[str]) -> int:
     """Retrain one checkpoint; the exit code."""
     defaults = RETRAIN_DEFAULTS | {"use_cpu": not torch.accelerator.is_available()}
-    groups = parse(
+    names, text, how, windows, evaluation, training = parse(
         bare_resume_flag(argv),
         GROUPS,
         verb="retrain",
@@ -105,7 +108,10 @@ def run(argv: Sequence[str]) -> int:
         required=["output_dir"],
         overrules=RETRAIN_OVERRULES,
     )
-    names, text, how, _, training = groups
+    if how.method == reconstruct.METHOD:
+        return reconstruct.run(argv, windows)
+    check_unused(choose_method(how.method).name, windows)
+    groups = (names, text, how, evaluation, training)
     output_dir = _check(names, text, how, training)
     with open_source(names) as source:
         return _retrain(_read_job(groups, output_dir, source), argv)

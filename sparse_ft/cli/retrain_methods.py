@@ -32,7 +32,7 @@ from sparse_ft.masks import MaskSet
 __all__ = ["DEFAULT_RANK", "Method", "check_settings", "choose_method", "print_trainable"]
 
 DEFAULT_RANK = 16
-_ALONE = ("full",)  # methods that join with nothing
+_ALONE = ("full", "reconstruct")  # methods that join with nothing; `cli.reconstruct` is the second
 _HALF = (torch.float16, torch.bfloat16)
 # option -> adapters that have it; an ordinary LoRA on the head, where it is the only one, counts as lora
 _ADAPTERS_WITH = {

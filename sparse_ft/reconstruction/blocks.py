@@ -45,16 +45,16 @@ class WindowResult:
     Attributes:
         block: canonical name of its block.
         window: `"attn"`, `"mlp"`, `"block"`, or the path of a matrix in the block.
-        before: mean squared error before.
-        after: of the weights that the model has now.
+        loss_before: mean squared error before.
+        loss_after: of the weights that the model has now.
         iterations: training steps made.
         improved: False if training did not lower the error, so that the window has the weights it had before.
     """
 
     block: str
     window: str
-    before: float
-    after: float
+    loss_before: float
+    loss_after: float
     iterations: int
     improved: bool
 

@@ -123,7 +123,7 @@ def reconstruct(
 
     Example:
         >>> result = reconstruct(model, masks, dense, calibration=batches, train="mask_lora+norms")
-        >>> [(row.block, row.window, row.before, row.after) for row in result.windows][:2]
+        >>> [(row.block, row.window, row.loss_before, row.loss_after) for row in result.windows][:2]
     """
     settings = check_settings(
         train=train, granularity=granularity, stream=stream, iterations=iterations, batch_size=batch_size,

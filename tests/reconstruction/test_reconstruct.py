@@ -53,7 +53,7 @@ def test_zeros_stay_and_errors_fall(name: str, granularity: str, monkeypatch: py
     monkeypatch.setattr(BlockReconstruction, "_fit", fit_and_look)
     result = reconstruct(model, masks, dense, calibration=texts(), granularity=granularity, **QUICK)
     assert changed(model, before) == set(masks) and not changed(dense, dense_before)
-    assert all(row.after < row.before and row.improved and row.iterations == 6 for row in result.windows)
+    assert all(row.loss_after < row.loss_before and row.improved and row.iterations == 6 for row in result.windows)
     assert {row.block for row in result.windows} == {block for block, _ in find_blocks(model)}
     masks.verify(model)
 
@@ -77,7 +77,7 @@ def test_a_model_that_is_not_pruned_has_no_error(name: str, dtype: torch.dtype, 
     full = MaskSet({key: torch.ones_like(masks[key]) for key in masks})
     before = bits(model)
     result = reconstruct(model, full, dense, calibration=texts(), stream=stream, train="full", **QUICK)
-    assert all(row.before == row.after == 0 and row.iterations == 0 for row in result.windows)
+    assert all(row.loss_before == row.loss_after == 0 and row.iterations == 0 for row in result.windows)
     assert result.windows and not changed(model, before)
 
 
@@ -91,7 +91,11 @@ def test_without_steps_all_granularities_agree(name: str) -> None:
     whole = reconstruct(model, masks, dense, granularity="block", **settings)
     last = {row.block: row for row in parts.windows}
     for row in whole.windows:
-        assert last[row.block].before == row.before == row.after > 0 and row.iterations == 0 and not row.improved
+        assert (
+            last[row.block].loss_before == row.loss_before == row.loss_after > 0
+            and row.iterations == 0
+            and not row.improved
+        )
     assert not changed(model, before)
 
 
@@ -114,9 +118,9 @@ def test_reported_errors_are_those_of_the_result(name: str, dtype: torch.dtype, 
         args, kwargs, out = calls[block]
         with torch.no_grad():
             target = hidden(teachers[block](*args, **kwargs))
-        assert rows[block, "mlp"].after == pytest.approx(mean_square(out, target), rel=1e-4)
+        assert rows[block, "mlp"].loss_after == pytest.approx(mean_square(out, target), rel=1e-4)
         ends = [input_of(one.get_submodule(stop), partial(one, *args, **kwargs)) for one in (module, teachers[block])]
-        assert rows[block, "attn"].after == pytest.approx(mean_square(*ends), rel=1e-4)
+        assert rows[block, "attn"].loss_after == pytest.approx(mean_square(*ends), rel=1e-4)
 
 
 def test_errors_against_the_dense_stream_are_those_of_the_whole_model() -> None:
@@ -125,7 +129,7 @@ def test_errors_against_the_dense_stream_are_those_of_the_whole_model() -> None:
     ours, theirs = block_calls(model, texts()[0]), block_calls(dense, texts()[0])
     for row in result.windows:
         if row.window == "mlp":
-            assert row.after == pytest.approx(mean_square(ours[row.block][2], theirs[row.block][2]), rel=1e-4)
+            assert row.loss_after == pytest.approx(mean_square(ours[row.block][2], theirs[row.block][2]), rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ["llama", "t5", "mixtral", "neox"])
@@ -169,7 +173,7 @@ def test_a_single_matrix_converges_to_least_squares(name: str) -> None:
     found = turn(model.get_parameter(key).detach().double())
     assert torch.allclose(found, expected, atol=1e-5) and not torch.allclose(found, weight * mask, atol=1e-3)
     best = float((inputs @ (expected - weight).T).square().mean())
-    assert result.windows[0].after == pytest.approx(best, rel=1e-4)
+    assert result.windows[0].loss_after == pytest.approx(best, rel=1e-4)
 
 
 def test_padding_and_batching_do_not_matter() -> None:
@@ -243,8 +247,8 @@ def test_windows_that_get_worse_keep_their_weights(stream: str) -> None:
     untrained = reconstruct(model, masks, dense, iterations=0, **settings)
     result = reconstruct(model, masks, dense, iterations=4, learning_rate=1e4, **settings)
     assert not changed(model, before)
-    assert [row.before for row in result.windows] == [row.before for row in untrained.windows]
-    assert all(row.after == row.before and not row.improved and row.iterations > 0 for row in result.windows)
+    assert [row.loss_before for row in result.windows] == [row.loss_before for row in untrained.windows]
+    assert all(row.loss_after == row.loss_before and not row.improved and row.iterations > 0 for row in result.windows)
 
 
 def test_activations_that_are_not_finite_leave_their_windows_alone() -> None:
@@ -286,7 +290,9 @@ def test_autocast_trains_in_bfloat16_and_measures_in_the_dtype_of_the_model() ->
         hooks.remove()
     assert dtypes == {(True, torch.bfloat16), (False, torch.float32)}
     for row, other in zip(result.windows, exact.windows, strict=True):
-        assert row.before == pytest.approx(other.before, rel=0.05) and row.after == pytest.approx(other.after, rel=0.05)
+        assert row.loss_before == pytest.approx(other.loss_before, rel=0.05) and row.loss_after == pytest.approx(
+            other.loss_after, rel=0.05
+        )
     masks.verify(model)
 
 
