@@ -56,7 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug or not _is_user_error(error):
             raise
-        print(f"sparse-ft {verb}: error: {_sentence(error)}", file=sys.stderr)
+        process = os.environ.get("RANK", "0")  # of several, as torchrun and accelerate start them
+        speaker = f"sparse-ft {verb}" if process == "0" else f"sparse-ft {verb} (process {process})"
+        print(f"{speaker}: error: {_sentence(error)}", file=sys.stderr)
         return 1 if isinstance(error, VerificationError) else 2
 
 

@@ -7,14 +7,18 @@
 block by block instead (`cli.reconstruct`).
 Everything else is `transformers.TrainingArguments`, unchanged. Checkpoints of the run live in `<output_dir>.run`
 until the result is whole; a killed run goes on with `--resume_from_checkpoint true` and ends with the same weights.
+
+Several processes (`torchrun`, or `accelerate launch --config_file launch/ddp.yaml -m sparse_ft retrain …`) train
+together with a whole copy of the model each. All of them read and evaluate; the first alone prints and writes.
 """
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,9 +59,9 @@ from sparse_ft.cli.reconstruct import ReconstructArguments, check_unused
 from sparse_ft.cli.retrain_methods import Method, check_settings, choose_method, print_trainable
 from sparse_ft.cli.retrain_run import bare_resume_flag, decisive_settings, open_run, run_dir_of, run_identity
 from sparse_ft.cli.retrain_source import SparseModel, load_sparse_model
-from sparse_ft.data import training_dataset, windows
+from sparse_ft.data import tokens_digest, training_dataset, windows
 from sparse_ft.models import load_config, load_tokenizer
-from sparse_ft.training import MaskCallback
+from sparse_ft.training import MaskCallback, check_strategy, wait_for_everyone
 
 __all__ = ["Job", "run"]
 
@@ -113,12 +117,16 @@ def run(argv: Sequence[str]) -> int:
     check_unused(choose_method(how.method).name, windows)
     groups = (names, text, how, evaluation, training)
     output_dir = _check(names, text, how, training)
-    with open_source(names) as source:
+    with ExitStack() as stack:
+        if training.process_index > 0:
+            stack.enter_context(redirect_stdout(io.StringIO()))
+        source = stack.enter_context(open_source(names))
         return _retrain(_read_job(groups, output_dir, source), argv)
 
 
 def _check(names: ModelArguments, text: TextArguments, how: RetrainArguments, training: TrainingArguments) -> Path:
     """What can be refused without reading a model; the output directory."""
+    check_strategy(training)
     check_settings(choose_method(how.method), how, training)
     choose_dtype(how.dtype)
     inputs = [names.model_name_or_path]
@@ -190,6 +198,7 @@ def _retrain(job: Job, argv: Sequence[str]) -> int:
     """Train, and make the result; the exit code."""
     masks, settings = job.sparse.masks, {**job.settings, **decisive_settings(job.training)}
     wanted = run_identity(job.training, settings, masks, job.sparse.model, job.length)
+    wanted["train_text_digest"] = tokens_digest(job.train_data)
     run_dir, resume = run_dir_of(job.output_dir), job.training.resume_from_checkpoint
     job.training.output_dir = str(run_dir)
     with open_run(run_dir, wanted, resume=resume, keep=job.how.keep_run) as checkpoint:
@@ -203,6 +212,9 @@ def _retrain(job: Job, argv: Sequence[str]) -> int:
             previous=job.sparse.record,
         )
         model = _train(job, checkpoint, outcome)
+        wait_for_everyone()  # the run's directory is removed when the result is written
+        if job.training.process_index > 0:
+            return 0
         _finish(job, model, outcome)
     print_outcome(job.output_dir, masks, outcome.evaluations)
     return 0

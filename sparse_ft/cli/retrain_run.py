@@ -13,12 +13,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from torch import nn
 from transformers import TrainingArguments
 
 from sparse_ft.checkpoints import atomic_write
 from sparse_ft.masks import MaskSet
-from sparse_ft.training import is_complete_checkpoint, latest_complete_checkpoint
+from sparse_ft.training import is_complete_checkpoint, latest_complete_checkpoint, wait_for_everyone
 
 __all__ = ["bare_resume_flag", "checkpoint_to_resume", "decisive_settings", "open_run", "run_dir_of", "run_identity"]
 
@@ -31,7 +32,7 @@ _DECISIVE = (
     "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay", "adam_beta1",
     "adam_beta2", "adam_epsilon", "max_grad_norm", "optim", "optim_args", "optim_target_modules", "bf16", "fp16",
     "label_smoothing_factor", "neftune_noise_alpha", "train_sampling_strategy", "dataloader_drop_last",
-    "load_best_model_at_end",
+    "load_best_model_at_end", "world_size",
 )  # fmt: skip
 _OURS = (
     "method", "r", "lora_alpha", "use_rslora", "lora_dropout", "break_symmetry", "dtype", "dataset", "dataset_config",
@@ -87,6 +88,7 @@ def open_run(directory: Path, wanted: Mapping[str, Any], *, resume: str | None, 
     """The run's directory while the block lasts; yields the checkpoint to resume from, None to start.
 
     It is removed when the block succeeds, and also when it fails before there is a checkpoint: nothing is lost then.
+    Of several processes only the first makes and removes it.
 
     Args:
         directory: `run_dir_of(output_dir)`.
@@ -99,12 +101,16 @@ def open_run(directory: Path, wanted: Mapping[str, Any], *, resume: str | None, 
         ValueError: if the unfinished run was another one, or the checkpoint named is not whole.
     """
     checkpoint = checkpoint_to_resume(directory, wanted, resume)
+    wait_for_everyone()  # each process has looked before the first one makes the directory
+    if not PartialState().is_main_process:
+        yield checkpoint
+        return
     try:
         directory.mkdir(parents=True, exist_ok=True)
         atomic_write(directory / RUN_FILE, json.dumps(wanted, indent=2) + "\n")
         yield checkpoint
     except BaseException:
-        if latest_complete_checkpoint(directory) is None:
+        if not any(is_complete_checkpoint(path, resumable=False) for path in directory.glob("checkpoint-*")):
             shutil.rmtree(directory, ignore_errors=True)
         raise
     if not keep:

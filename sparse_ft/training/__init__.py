@@ -2,7 +2,7 @@
 
 from sparse_ft.training.gradient_flow import watch_gradient_flow
 from sparse_ft.training.mask_callback import MaskCallback
-from sparse_ft.training.processes import check_same_masks, check_strategy
+from sparse_ft.training.processes import check_same_masks, check_strategy, wait_for_everyone
 from sparse_ft.training.resume import is_complete_checkpoint, latest_complete_checkpoint
 
 __all__ = [
@@ -11,5 +11,6 @@ __all__ = [
     "check_strategy",
     "is_complete_checkpoint",
     "latest_complete_checkpoint",
+    "wait_for_everyone",
     "watch_gradient_flow",
 ]

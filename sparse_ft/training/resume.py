@@ -71,13 +71,18 @@ def latest_complete_checkpoint(run_dir: str | Path) -> str | None:
     return None if found is None else str(found)
 
 
-def is_complete_checkpoint(checkpoint: str | Path) -> bool:
+def is_complete_checkpoint(checkpoint: str | Path, *, resumable: bool = True) -> bool:
     """Whether a Trainer's `checkpoint-N` was written to its end and can be resumed from.
 
     True if `trainer_state.json` is whole and of step N, there are weights and the optimizer's state, every shard that
     an index names exists, and no safetensors or torch file is shorter than it says.
+
+    Args:
+        checkpoint: its directory.
+        resumable: with False the optimizer's state may be missing: it is a model that was saved whole.
     """
-    return _was_written(Path(checkpoint)) and _has_optimizer(Path(checkpoint))
+    checkpoint = Path(checkpoint)
+    return _was_written(checkpoint) and (not resumable or _has_optimizer(checkpoint))
 
 
 def disown_checkpoint(checkpoint: str | Path) -> None:
