@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from data.tokenizers_for_tests import SENTENCE, byte_level
 from tiny_models import TINY
 from transformers import Trainer, TrainingArguments
 
-from sparse_ft.data import calibration_batches, random_windows, tokenize, training_dataset, windows
+from sparse_ft.data import calibration_batches, random_windows, tokenize, tokens_digest, training_dataset, windows
 
 
 @pytest.fixture
@@ -124,3 +125,16 @@ def test_trainer_takes_the_dataset(corpus: Path) -> None:
     )  # fmt: skip
     result = Trainer(model=model, args=arguments, train_dataset=dataset).train()
     assert result.global_step == 2 and 0 < result.training_loss < 20
+
+
+def test_the_digest_is_of_every_token_in_order(corpus: Path, tmp_path: Path) -> None:
+    """Computed a second time from the blocks; another word, or the same blocks in another order, changes it."""
+    text = (corpus / "train.txt").read_text()
+    packed = training_dataset(corpus, byte_level(), sequence_length=8)
+    expected = hashlib.sha256(torch.stack([row["input_ids"] for row in packed]).numpy().tobytes()).hexdigest()
+    assert tokens_digest(packed) == expected
+    (tmp_path / "other.txt").write_text(text.replace("117 ", "711 "))
+    assert tokens_digest(training_dataset(tmp_path / "other.txt", byte_level(), sequence_length=8)) != expected
+    assert tokens_digest(packed.select(range(len(packed) - 1, -1, -1))) != expected
+    (tmp_path / "same.txt").write_text(text)
+    assert tokens_digest(training_dataset(tmp_path / "same.txt", byte_level(), sequence_length=8)) == expected
