@@ -115,7 +115,7 @@ class Table:
             found = {**key, **measure()}
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with _locked(self.path.parent):
-                rows = [*self.rows, found]
+                rows = self.rows if self.find(key) else [*self.rows, found]
                 seeds = sorted({r["seed"] for r in rows if r.get("seed") is not None})
                 write_result(self.path, self.script, rows, self.protocol, seeds)
             print(json.dumps(found), flush=True)

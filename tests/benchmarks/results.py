@@ -1,7 +1,7 @@
 """Write one benchmark's or experiment's numbers as JSON: what was run, on what, with which versions, and the rows.
 
     from results import write_result
-    write_result("docs/results/mask_lora/step.json", script=__file__, rows=rows, protocol="...", seeds=[0])
+    write_result("docs/results/adapters/step.json", script=__file__, rows=rows, protocol="...", seeds=[0])
 
 Tables and plots in the documentation are generated from these files.
 """

@@ -1,12 +1,14 @@
-"""Time and memory of one MaskLoRA training step against plain LoRA, its floor and full fine-tuning.
+"""Time and memory of one training step of every adapter against plain LoRA, its floor and full fine-tuning.
 
-    python tests/benchmarks/bench_mask_lora.py --output docs/results/mask_lora/step.json
-    python tests/benchmarks/bench_mask_lora.py --size tiny --pairs 1 --no-memory          # a smoke run
+    python tests/benchmarks/bench_adapters.py                      # writes docs/results/adapters/step.json
+    python tests/benchmarks/bench_adapters.py --size tiny --pairs 1 --no-memory --output /tmp/step.json    # a smoke run
 
-A step is forward, backward, AdamW and zero_grad of a Llama built from its config, as Trainer does it: fp32 parameters,
-bf16 autocast. The floor is plain LoRA that also computes one weight gradient per adapted layer and throws it away: what
-a masked update cannot do without. Variants run in one process, in turn, and a result is the median over rounds of the
-ratio to plain LoRA in the same round. Memory is the peak of a process of its own.
+A step is forward, backward, AdamW and zero_grad of a Llama built from its config, in three precisions: `autocast` (fp32
+weights under bf16 autocast), `bf16` (bf16 weights, adapters in fp32 where PEFT keeps them so) and `fp32`. The floor is
+plain LoRA that also computes one weight gradient per adapted layer and throws it away: what a masked update cannot do
+without. HiRA and DoRA are PEFT's. Variants of one precision run in one process, in turn, and a result is the median
+over rounds of the ratio to plain LoRA in the same round. Memory is the peak of a process of its own, with activation
+checkpointing and without; `over_lora_weights` is its distance from plain LoRA's in copies of the largest weight.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from results import write_result
+from results import REPOSITORY, write_result
 from torch import Tensor, nn
 
 SIZES = {
@@ -31,6 +33,7 @@ SIZES = {
         hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32, vocab_size=32000
     ),
 }
+DTYPES = {"autocast": torch.float32, "bf16": torch.bfloat16, "fp32": torch.float32}
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -40,7 +43,9 @@ def base_model(args: argparse.Namespace) -> nn.Module:
 
     torch.manual_seed(args.seed)
     config = LlamaConfig(**SIZES[args.size], max_position_embeddings=max(args.tokens, 64), use_cache=False)
-    model = LlamaForCausalLM(config).to(args.device).train()
+    model = LlamaForCausalLM(config).to(args.device, DTYPES[args.precision]).train()
+    if args.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if any(f"{linear}." in name for linear in LINEARS):
@@ -76,19 +81,42 @@ def also_weight_gradient(module: nn.Module, inputs: tuple[Tensor, ...], output: 
     output.register_hook(lambda grad: torch.mm(grad.flatten(0, -2).t(), rows) is None or None)
 
 
-def mask_lora(args: argparse.Namespace) -> nn.Module:
-    """MaskLoRA on the same layers."""
-    from peft import get_peft_model
+def peft_only(config: str) -> Callable[[argparse.Namespace], nn.Module]:
+    """Another PEFT method on the same layers."""
 
-    from sparse_ft import MaskLoraConfig, MaskSet
+    def make(args: argparse.Namespace) -> nn.Module:
+        import peft
 
-    model = base_model(args)
-    return get_peft_model(model, MaskLoraConfig(r=args.rank, masks=MaskSet.from_zeros(model)))
+        options: dict[str, Any] = {"r": args.rank, "target_modules": LINEARS}
+        if config == "DoRA":
+            return peft.get_peft_model(base_model(args), peft.LoraConfig(use_dora=True, **options))
+        return peft.get_peft_model(base_model(args), peft.HiraConfig(**options))
+
+    return make
+
+
+def masked(config: str) -> Callable[[argparse.Namespace], nn.Module]:
+    """One of ours on the same layers."""
+
+    def make(args: argparse.Namespace) -> nn.Module:
+        from peft import get_peft_model
+
+        import sparse_ft
+
+        model = base_model(args)
+        masks = sparse_ft.MaskSet.from_zeros(model)
+        return get_peft_model(model, getattr(sparse_ft, config)(r=args.rank, masks=masks))
+
+    return make
 
 
 VARIANTS: dict[str, Callable[[argparse.Namespace], nn.Module]] = {
     "lora": lora,
-    "mask_lora": mask_lora,
+    "mask_lora": masked("MaskLoraConfig"),
+    "scale_lora": masked("ScaleLoraConfig"),
+    "lora_prune": masked("LoraPruneConfig"),
+    "HiRA": peft_only("HiRA"),
+    "DoRA": peft_only("DoRA"),
     "floor": floor,
     "full": full,
 }
@@ -106,7 +134,7 @@ class Run:
         self.batch = {"input_ids": ids, "labels": ids}
 
     def step(self) -> None:
-        with torch.autocast(self.args.device, dtype=torch.bfloat16):
+        with torch.autocast(self.args.device, dtype=torch.bfloat16, enabled=self.args.precision == "autocast"):
             loss = self.model(**self.batch).loss
         loss.backward()
         self.optimizer.step()
@@ -133,7 +161,7 @@ def measure_times(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
             times[name].append(runs[name].timed())
     rows = {}
     for name, measured in times.items():
-        row: dict[str, Any] = {"variant": name, "trainable": runs[name].trainable}
+        row: dict[str, Any] = {"precision": args.precision, "variant": name, "trainable": runs[name].trainable}
         for column, index in (("wall", 0), ("cpu", 1)):
             row[f"{column}_s"] = round(statistics.median(pair[index] for pair in measured), 5)
             ratios = [pair[index] / reference[index] for pair, reference in zip(measured, times["lora"], strict=True)]
@@ -171,9 +199,21 @@ def measure_memory(args: argparse.Namespace) -> dict[str, float]:
     return peaks
 
 
+def add_memory(rows: dict[str, dict[str, Any]], args: argparse.Namespace) -> None:
+    """Peaks with and without activation checkpointing, and their distance from LoRA's in largest weights."""
+    size = SIZES[args.size]
+    largest = size["hidden_size"] * size["intermediate_size"] * DTYPES[args.precision].itemsize / 2**20
+    for suffix, checkpointing in (("", False), ("_checkpointing", True)):
+        peaks = measure_memory(argparse.Namespace(**vars(args) | {"checkpointing": checkpointing}))
+        for name, peak in peaks.items():
+            rows[name][f"peak_mb{suffix}"] = peak
+            rows[name][f"over_lora_weights{suffix}"] = round((peak - peaks["lora"]) / largest, 2)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="50m")
+    parser.add_argument("--precisions", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--rank", type=int, default=16)
@@ -185,18 +225,22 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--no-memory", action="store_true")
-    parser.add_argument("--output", help="JSON file to write")
+    parser.add_argument("--output", default=str(REPOSITORY / "docs/results/adapters/step.json"))
     args = parser.parse_args()
     if "lora" not in args.variants:
         parser.error("the variants must include lora, the reference")
     torch.set_num_threads(args.threads)
-    rows = measure_times(args)
-    for name, peak in ({} if args.no_memory else measure_memory(args)).items():
-        rows[name]["peak_mb"] = peak
-    print_table(list(rows.values()))
-    if args.output:
-        protocol = {k: v for k, v in vars(args).items() if k != "output"} | {"dtype": "fp32, bf16 autocast"}
-        write_result(args.output, __file__, list(rows.values()), protocol, [args.seed])
+    rows: list[dict[str, Any]] = []
+    for precision in args.precisions:
+        args.precision, args.checkpointing = precision, False
+        measured = measure_times(args)
+        if not args.no_memory:
+            add_memory(measured, args)
+        rows += measured.values()
+        print_table(list(measured.values()))
+    hidden = ("output", "seed", "precision", "checkpointing")
+    protocol = {k: v for k, v in vars(args).items() if k not in hidden}
+    write_result(args.output, __file__, rows, protocol, [args.seed])
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
