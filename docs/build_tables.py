@@ -4,8 +4,9 @@
     python docs/build_tables.py --check    # writes nothing; exit code 1 if the README's block is out of date
 
 A result file is `{script, command, commit, versions, machine, protocol, seeds, rows: [{column: value}, …]}`. Rows that
-differ in `seed` only (among the columns up to it) are joined: mean, and least to greatest in brackets. A number in a
-page that did not pass through here is a mistake.
+differ in `seed` only (among the columns up to it) are joined: mean, and least to greatest in brackets. A file with a
+view of its own is shown by it; those of retraining are in `retraining_views.py`. A number in a page that did not pass
+through here is a mistake.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import retraining_views
+from table_text import Result, Row, over_seeds, provenance, table
+
 DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
 RESULTS = DOCS / "results"
@@ -28,16 +32,26 @@ BEGIN, END = "<!-- result: begin -->", "<!-- result: end -->"
 
 ONE_SHOT = "one_shot/llama_wt2"
 RETRAINING = "retraining/llama_wt2"
+PERP = "perp/llama_wt2"
+ENCODER = "perp/encoder"
+STEP = "adapters/step"
 
-# page of a method -> how the rows of its `method` column begin
-METHOD_PAGES = {
-    "magnitude": "magnitude",
-    "random": "random",
-    "wanda": "wanda",
-    "sparsegpt": "sparsegpt",
-    "mask_lora": "mask_lora",
-    "mask_callback": "full",
+# page of a method -> how the names in its rows begin (column `method`, `variant` or `model`)
+METHOD_PAGES: dict[str, tuple[str, ...]] = {
+    "magnitude": ("magnitude",),
+    "random": ("random",),
+    "wanda": ("wanda",),
+    "sparsegpt": ("sparsegpt",),
+    "mask_lora": ("mask_lora",),
+    "scale_lora": ("scale_lora",),
+    "lora_prune": ("lora_prune",),
+    "perp_groups": ("biases", "norms", "head", "embeddings", "mask_lora+", "scale_lora+", "lora_prune+"),
+    "reconstruction": ("reconstruct",),
+    "mask_callback": ("full",),
 }
+
+# file -> the rows shown beside those of a method
+REFERENCES = {PERP: ("dense", "pruned"), ENCODER: ("dense", "pruned 2:4 by magnitude"), STEP: ("lora",)}
 
 # method of a retraining row -> how the README calls it
 AFTER_PRUNING = {
@@ -45,80 +59,6 @@ AFTER_PRUNING = {
     "mask_lora": "then **MaskLoRA**, merged",
     "full": "then full fine-tuning with **MaskCallback**",
 }
-
-Row = dict[str, Any]
-Result = dict[str, Any]
-
-
-# -- cells and tables --------------------------------------------------------------------------------------------------
-
-
-def cell(value: Any) -> str:
-    """One value as table text: about four significant digits, yes/no, a dash for nothing."""
-    if value is None:
-        return "–"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, float):
-        if abs(value) >= 1e6:
-            return f"{value:.1e}"
-        digits = 0 if abs(value) >= 1000 else 1 if abs(value) >= 100 else 2
-        return f"{value:,.{digits}f}" if abs(value) >= 1 else f"{value:.4g}"
-    if isinstance(value, (list, tuple)):
-        return ", ".join(cell(item) for item in value)
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {cell(item)}" for key, item in value.items() if item is not None)
-    return str(value).replace("|", "\\|").replace("\n", " ")
-
-
-def table(rows: Sequence[Row]) -> str:
-    """Rows as a markdown table; the columns are all keys in order of appearance, without those that are empty."""
-    keys = dict.fromkeys(key for row in rows for key in row)
-    columns = [key for key in keys if any(row.get(key) is not None for row in rows)]
-    left = {c for c in columns if any(isinstance(row.get(c), str) and not _is_number(row[c]) for row in rows)}
-    lines = [
-        "| " + " | ".join(column.replace("_", " ") for column in columns) + " |",
-        "|" + "|".join("---" if column in left else "---:" for column in columns) + "|",
-    ]
-    lines += ["| " + " | ".join(cell(row.get(column)) for column in columns) + " |" for row in rows]
-    return "\n".join(lines)
-
-
-def _is_number(text: str) -> bool:
-    return text[:1].isdigit() or text == "–"
-
-
-def over_seeds(rows: Sequence[Row]) -> list[Row]:
-    """Join the rows that differ in `seed` only; columns before `seed` are what was varied, those after it results."""
-    groups: dict[tuple[Any, ...], list[Row]] = {}
-    for row in rows:
-        keys = list(row)[: list(row).index("seed")] if "seed" in row else list(row)
-        groups.setdefault(tuple((k, row[k]) for k in keys), []).append(row)
-    return [_joined(group) for group in groups.values()]
-
-
-def _joined(group: Sequence[Row]) -> Row:
-    joined: Row = {}
-    for column, value in group[0].items():
-        values = [row.get(column) for row in group]
-        if column == "seed":
-            joined["runs"] = len(group)
-        elif all(v == value for v in values) or not all(isinstance(v, (int, float)) for v in values):
-            joined[column] = value
-        else:
-            joined[column] = f"{cell(sum(values) / len(values))} ({cell(min(values))}–{cell(max(values))})"
-    return joined
-
-
-def provenance(key: str, result: Result) -> str:
-    """One small line: the file, the command, the machine, the protocol."""
-    facts = [f"`docs/results/{key}.json`", f"made by `{result['command']}`"]
-    for name in ("protocol", "machine", "seeds", "commit"):
-        if result.get(name):
-            facts.append(f"{name}: {cell(result[name])}")
-    return "<small>" + " · ".join(facts) + "</small>"
 
 
 def section(key: str, result: Result, rows: Sequence[Row] | None = None) -> str:
@@ -166,8 +106,20 @@ def recovery(rows: Sequence[Row]) -> list[Row]:
     ]
 
 
-VIEWS: dict[str, Callable[[Sequence[Row]], list[Row]]] = {ONE_SHOT: perplexity_by_pattern, RETRAINING: recovery}
-TITLES = {ONE_SHOT: "One-shot pruning", RETRAINING: "Retraining after magnitude pruning"}
+VIEWS: dict[str, Callable[[Sequence[Row]], list[Row]]] = {
+    ONE_SHOT: perplexity_by_pattern,
+    RETRAINING: recovery,
+    PERP: retraining_views.recovered,
+    ENCODER: retraining_views.encoder,
+    STEP: retraining_views.training_step,
+}
+TITLES = {
+    ONE_SHOT: "One-shot pruning",
+    RETRAINING: "Retraining after magnitude pruning",
+    PERP: "Every way back after pruning",
+    ENCODER: "An encoder, reconstructed without labels",
+    STEP: "One training step of each adapter",
+}
 
 
 def plot_one_shot(result: Result, path: Path) -> None:
@@ -201,15 +153,25 @@ def plot_one_shot(result: Result, path: Path) -> None:
 # -- fragments ---------------------------------------------------------------------------------------------------------
 
 
-def method_fragment(results: dict[str, Result], beginning: str) -> str:
-    """All rows of one method, file after file, beside the dense model where the file has it."""
+def method_fragment(results: dict[str, Result], beginnings: tuple[str, ...]) -> str:
+    """All rows of one method, file after file, beside the rows they are compared with where the file has them."""
     parts = []
     for key, result in results.items():
-        rows = [r for r in result["rows"] if str(r.get("method", "")).startswith(beginning)]
+        rows = [row for row in result["rows"] if row_name(row).startswith(beginnings)]
         if rows:
-            dense = [r for r in result["rows"] if r.get("method") == "dense"]
-            parts.append(f"**{title(key)}**\n\n{section(key, result, dense + rows)}")
+            references = [row for row in result["rows"] if row_name(row) in REFERENCES.get(key, ("dense",))]
+            parts.append(f"**{title(key)}**\n\n{section(key, result, references + rows)}")
     return "\n".join(parts) or "No measurement of this method is in `docs/results`.\n"
+
+
+def row_name(row: Row) -> str:
+    """What a row is about: a method, a variant of a step, or a state of a model."""
+    return str(row.get("method") or row.get("variant") or row.get("model") or "")
+
+
+def file_fragment(results: dict[str, Result], key: str) -> str:
+    """The table of one file, or a sentence that there is none."""
+    return section(key, results[key]) if key in results else f"No measurement is in `docs/results/{key}.json`.\n"
 
 
 def results_fragment(results: dict[str, Result]) -> str:
@@ -218,6 +180,9 @@ def results_fragment(results: dict[str, Result]) -> str:
     for key, result in results.items():
         picture = f"![Perplexity against sparsity](_generated/{key}.svg)\n\n" if key == ONE_SHOT else ""
         parts.append(f"## {title(key)}\n\n{picture}{section(key, result)}")
+        if key == PERP:
+            rates = table(retraining_views.learning_rates(result["rows"]))
+            parts.append(f"### Every learning rate after {retraining_views.FIRST}\n\n{rates}\n")
     return "\n".join(parts) or "No measurement is in `docs/results`.\n"
 
 
@@ -325,12 +290,16 @@ def read_results() -> dict[str, Result]:
 def fragments(results: dict[str, Result], readme: str) -> Iterable[tuple[str, str]]:
     """(file name in docs/_generated, text) of everything the pages include."""
     yield "results.md", results_fragment(results)
+    yield "perp.md", file_fragment(results, PERP)
+    yield "perp_advice.md", retraining_views.advice(results.get(PERP, {"rows": []})["rows"])
+    yield "encoder.md", file_fragment(results, ENCODER)
+    yield "adapter_steps.md", file_fragment(results, STEP)
     yield "names.md", names_fragment()
     yield "commands.md", commands_fragment()
     yield "readme_body.md", for_site(readme)
     yield "contributing_body.md", for_site((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
-    for page, beginning in METHOD_PAGES.items():
-        yield f"method_{page}.md", method_fragment(results, beginning)
+    for page, beginnings in METHOD_PAGES.items():
+        yield f"method_{page}.md", method_fragment(results, beginnings)
 
 
 def main() -> int:

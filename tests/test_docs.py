@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -37,12 +38,19 @@ def shown_commands(text: str) -> Iterator[list[str]]:
 
 
 @pytest.fixture(scope="module")
-def generator() -> ModuleType:
+def generator() -> Iterator[ModuleType]:
+    sys.path.insert(0, str(REPOSITORY / "docs"))  # where it finds its own modules as a script
     spec = importlib.util.spec_from_file_location("build_tables", REPOSITORY / "docs" / "build_tables.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module
+    yield module
+    sys.path.remove(str(REPOSITORY / "docs"))
+
+
+@pytest.fixture(scope="module")
+def views(generator: ModuleType) -> ModuleType:
+    return generator.retraining_views
 
 
 @pytest.mark.parametrize("page", [*PAGES, *RECIPES], ids=page_id)
@@ -115,3 +123,133 @@ def test_one_shot_rows_become_one_line_per_method(generator: ModuleType) -> None
         {"perplexity": "dense", "50%": 5.0, "2:4": 5.0},
         {"perplexity": "wanda", "50%": 6.0, "2:4": 7.0},
     ]
+
+
+def perp_row(method: str, rate: float | None, seed: int, perplexity: float, **more: Any) -> dict[str, Any]:
+    """A cell of `quality_perp.py`; validation perplexity, gap and costs follow from the perplexity unless given."""
+    row = {"method": method, "pruning": "magnitude 80%", "learning_rate": rate, "seed": seed, "perplexity": perplexity}
+    if rate is not None:
+        row |= {"validation_perplexity": perplexity, "gap_closed": (200 - perplexity) / 100, "trainable_share": 0.5}
+        row |= {"seconds_per_step": 1.0, "cpu_seconds": 150.0, "peak_mb": 1000}
+    return row | more
+
+
+PERP_ROWS = [
+    perp_row("dense", None, 0, 100.0, pruning="none"),
+    perp_row("dense", None, 0, 100.0, pruning="none"),  # two processes may both write it
+    perp_row("pruned", None, 0, 200.0),
+    perp_row("full", 1e-3, 0, 106.0, validation_perplexity=50.0),
+    perp_row("full", 5e-4, 0, 104.0, validation_perplexity=51.0),  # better on the test text, not on validation
+    perp_row("full", 1e-3, 1, 110.0),
+    perp_row("mask_lora", 2e-3, 0, 112.0, trainable_share=0.05, cpu_seconds=120.0),
+    perp_row("biases+norms", 1e-2, 0, 130.0, trainable_share=0.0002, cpu_seconds=200.0),
+    perp_row("norms", 1e-2, 0, 140.0, trainable_share=0.0001, cpu_seconds=90.0),
+    perp_row("reconstruct, linear", 1e-3, 0, 120.0, cpu_seconds=123.0),
+    perp_row("reconstruct, attn_mlp", 1e-3, 0, 118.0, peak_mb=800),
+    perp_row("pruned", None, 0, 150.0, pruning="SparseGPT 80%"),
+    perp_row("mask_lora", 2e-3, 0, 105.0, pruning="SparseGPT 80%"),
+    perp_row("full", 5e-4, 0, 106.0, pruning="SparseGPT 80%"),  # not the chosen rate
+]
+
+
+def test_the_learning_rate_is_chosen_by_validation_and_seeds_are_joined(views: ModuleType) -> None:
+    assert views.chosen_rates(PERP_ROWS)["full"] == 1e-3
+    shown = views.recovered(PERP_ROWS)
+    assert [(row["pruning"], row["method"]) for row in shown] == [
+        ("–", "dense"),
+        ("magnitude 80%", "pruned"),
+        ("magnitude 80%", "full"),
+        ("magnitude 80%", "mask_lora"),
+        ("magnitude 80%", "reconstruct, attn_mlp"),
+        ("magnitude 80%", "reconstruct, linear"),
+        ("magnitude 80%", "biases+norms"),
+        ("magnitude 80%", "norms"),
+        ("SparseGPT 80%", "pruned"),
+        ("SparseGPT 80%", "mask_lora"),
+    ]
+    full = shown[2]
+    assert full["learning rate"] == 1e-3 and full["runs"] == 2
+    assert full["perplexity"] == "108.0 (106.0–110.0)" and full["gap closed"] == "92.0% (90.0%–94.0%)"
+    assert shown[3]["trained"] == "5%" and shown[3]["runs"] == 1 and shown[1]["runs"] is None
+
+
+def test_a_second_seed_does_not_take_part_in_the_choice(views: ModuleType) -> None:
+    rows = [*PERP_ROWS, perp_row("full", 5e-4, 1, 101.0, validation_perplexity=1.0)]
+    assert views.chosen_rates(rows) == views.chosen_rates(list(reversed(rows))) == views.chosen_rates(PERP_ROWS)
+
+
+def test_every_learning_rate_is_listed_with_the_chosen_one_marked(views: ModuleType) -> None:
+    listed = [row for row in views.learning_rates(PERP_ROWS) if row["method"] == "full"]
+    assert [(row["learning rate"], row["chosen"]) for row in listed] == [(5e-4, False), (1e-3, True)]
+
+
+def test_advice_follows_from_the_rows(views: ModuleType) -> None:
+    lines = views.advice(PERP_ROWS).splitlines()
+    bullets = [re.sub(r"\]\(methods/\w+\.md\)", "", line).replace("[", "") for line in lines]
+    needs, pairs = bullets[2:9], bullets[12:15]
+    assert needs == [
+        "* Best recovered quality: full (92.0%).",
+        "* An adapter that is a file of its own: mask_lora (88.0%).",
+        "* Least computation above 70%: mask_lora (120 CPU s; 88.0%), reconstruct, linear (123 CPU s; 80.0%).",
+        "* No back-propagation through the whole model: reconstruct, attn_mlp (82.0%).",
+        "* Least memory above 70%: reconstruct, attn_mlp (800 MB at the peak; 82.0%).",
+        "* Small parts only, no pruned matrix changed: biases+norms (70.0%).",
+        "* Fewest trained parameters above 70%: biases+norms (0.02%; 70.0%).",
+    ]
+    assert pairs[0] == "* Windows of attention and MLP, not single matrices: 82.0% instead of 80.0%."
+    assert pairs[1] == "* An adapter under the mask, not every kept weight: 88.0% instead of 92.0%."
+    assert bullets[-1] == "* after SparseGPT 80%: mask_lora 95.0%."
+    changed = [row | {"gap_closed": 0.99} if row["method"] == "norms" else row for row in PERP_ROWS]
+    assert "Best recovered quality: [norms](methods/perp_groups.md) (99.0%)" in views.advice(changed)
+
+
+def test_advice_links_to_pages_that_exist(views: ModuleType) -> None:
+    for label in ("full", "mask_lora", "mask_lora+norms", "scale_lora, symmetry broken", "lora_prune", "head", "norms"):
+        page = re.search(r"\((.*)\)", views.link(label))
+        assert page is not None and (REPOSITORY / "docs" / page[1]).is_file()
+    assert "reconstruction.md" in views.link("reconstruct, then mask_lora")
+
+
+def test_views_of_the_encoder_and_of_a_training_step(views: ModuleType) -> None:
+    dense = {"model": "dense", "seed": 0, "masked_token_loss": 2.0, "sparsity": 0.0}
+    rebuilt = {"model": "r", "seed": 0, "masked_token_loss": 2.5, "sparsity": 0.5, "gap_closed": 0.75}
+    assert [row["gap closed"] for row in views.encoder([dense, rebuilt])] == [None, "75.0%"]
+    step = {"precision": "bf16", "variant": "lora", "trainable": 7, "wall_over_lora": 1.0, "cpu_over_lora": 1.0}
+    assert views.training_step([step])[0] == {
+        "precision": "bf16",
+        "variant": "lora",
+        "wall / LoRA": 1.0,
+        "CPU / LoRA": 1.0,
+        "peak MB": None,
+        "peak MB, checkpointing": None,
+        "trained": 7,
+    }
+
+
+def test_fragments_of_a_file_are_sentences_without_it_and_tables_with_it(generator: ModuleType) -> None:
+    without = dict(generator.fragments({}, "readme"))
+    assert set(without.values()) and all(text.strip() for text in without.values())
+    for name in ("perp.md", "perp_advice.md", "encoder.md", "adapter_steps.md", "method_reconstruction.md"):
+        assert without[name].startswith("No measurement")
+    result = {"command": "c", "rows": PERP_ROWS}
+    found = dict(generator.fragments({generator.PERP: result}, "readme"))
+    assert "| magnitude 80% | mask_lora |" in found["perp.md"]
+    assert "| magnitude 80% | reconstruct, linear |" in found["method_reconstruction.md"]
+    assert "full" not in found["method_reconstruction.md"] and "| – | dense |" in found["method_reconstruction.md"]
+    assert "biases+norms" in found["method_perp_groups.md"]
+
+
+def test_the_method_of_a_step_is_shown_beside_plain_lora(generator: ModuleType) -> None:
+    step = {"precision": "bf16", "trainable": 7, "wall_over_lora": 1.0, "cpu_over_lora": 1.0}
+    rows = [{**step, "variant": name} for name in ("lora", "lora_prune", "mask_lora")]
+    text = generator.method_fragment({generator.STEP: {"command": "c", "rows": rows}}, ("mask_lora",))
+    assert [line.split(" | ")[1] for line in text.splitlines() if line.startswith("| bf16")] == ["lora", "mask_lora"]
+
+
+def test_every_method_page_is_in_the_navigation_and_includes_its_numbers(generator: ModuleType) -> None:
+    navigation = (REPOSITORY / "mkdocs.yml").read_text(encoding="utf-8")
+    overview = (REPOSITORY / "docs" / "methods" / "index.md").read_text(encoding="utf-8")
+    for page in generator.METHOD_PAGES:
+        assert f"methods/{page}.md" in navigation and f"({page}.md)" in overview
+        text = (REPOSITORY / "docs" / "methods" / f"{page}.md").read_text(encoding="utf-8")
+        assert f'--8<-- "method_{page}.md"' in text

@@ -51,9 +51,10 @@ _NO_SCALE = "the factor B A replaces the weight's scale and has none of its own"
 class ScaleLoraConfig(MaskedLoraConfig):
     """Configuration of ScaleLoRA; see `MaskedLoraConfig` for the other fields.
 
+    `init_lora_weights` True starts at B A = 1, the pruned model; False draws A and B at random, as PEFT does for its
+    tests, which is another model from the start.
+
     Args:
-        init_lora_weights: True starts at B A = 1, the pruned model; False draws A and B at random, as PEFT does for
-            its tests, which is another model from the start.
         break_symmetry: A deviation from the paper. The published start gives every component of B A the same values and
             so the same gradients: they stay equal, and B A has rank 1 for ever, a factor per row times one per column.
             With True one component starts at 1 in A and B, the other rows of A as in LoRA and the other columns of B
