@@ -113,6 +113,11 @@ def run(argv: Sequence[str]) -> int:
         overrules=RETRAIN_OVERRULES,
     )
     if how.method == reconstruct.METHOD:
+        if training.world_size > 1:
+            raise ValueError(
+                f"Method 'reconstruct' works through the blocks in one process, got {training.world_size}; start it by "
+                f"plain `sparse-ft retrain`."
+            )
         return reconstruct.run(argv, windows)
     check_unused(choose_method(how.method).name, windows)
     groups = (names, text, how, evaluation, training)
