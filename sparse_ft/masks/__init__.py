@@ -2,9 +2,9 @@
 
 from sparse_ft.masks.bits import keep_bits, mask_
 from sparse_ft.masks.mask_file import MASKS_FILE
-from sparse_ft.masks.mask_set import MaskSet, Surprise, check_sparsity
+from sparse_ft.masks.mask_set import MaskSet, Surprise
 from sparse_ft.masks.packing import pack_bits, unpack_bits
-from sparse_ft.masks.pattern import Pattern
+from sparse_ft.masks.pattern import Pattern, check_sparsity
 from sparse_ft.masks.selection import keep_largest, keep_largest_per_row, keep_n_of_m
 
 __all__ = [

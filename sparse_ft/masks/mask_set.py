@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from sparse_ft.masks import mask_file
-from sparse_ft.masks.packing import pack_bits, unpack_bits
-from sparse_ft.masks.pattern import Pattern
-from sparse_ft.masks.selection import keep_largest, keep_largest_per_row, keep_n_of_m
+from sparse_ft.masks.packing import count_bits, pack_bits, unpack_bits
+from sparse_ft.masks.pattern import Pattern, check_sparsity, pattern_for
+from sparse_ft.masks.selection import keep_largest, keep_largest_globally, keep_largest_per_row, keep_n_of_m
 from sparse_ft.models.names import canonical_name, named_weights
 from sparse_ft.models.targets import Target, find_targets, matrix_view
 
@@ -58,26 +58,69 @@ class MaskSet(Mapping[str, Tensor]):
         pattern: str | Pattern | Mapping[str, str | Pattern] = "unstructured",
         input_dims: Mapping[str, int] | None = None,
     ) -> None:
-        if not masks:
-            raise ValueError("A MaskSet needs at least one mask, got none.")
-        per_tensor = isinstance(pattern, Mapping)
-        self.patterns = {n: Pattern.parse(pattern[n] if per_tensor else pattern) for n in masks}  # type: ignore[index,arg-type]
-        self.input_dims = {n: (input_dims or {}).get(n, mask.ndim - 1) for n, mask in masks.items()}
-        self._shapes: dict[str, torch.Size] = {}
-        self._packed: dict[str, Tensor] = {}
-        self._kept: dict[str, int] = {}
+        packed: dict[str, Tensor] = {}
         for name, mask in masks.items():
             if mask.dtype != torch.bool:
                 raise ValueError(f"Mask of '{name}' must be torch.bool, got {mask.dtype}; use `mask != 0`.")
-            broken = self.patterns[name].violations(matrix_view(mask, self.input_dims[name]))
+            packed[name] = pack_bits(mask).cpu()
+        self._take(packed, {name: mask.shape for name, mask in masks.items()}, pattern, input_dims, masks)
+
+    @classmethod
+    def from_packed(
+        cls,
+        packed: Mapping[str, Tensor],
+        shapes: Mapping[str, Sequence[int]],
+        *,
+        pattern: str | Pattern | Mapping[str, str | Pattern] = "unstructured",
+        input_dims: Mapping[str, int] | None = None,
+    ) -> MaskSet:
+        """Take over masks that are bits already; the bits are kept as they are, not copied.
+
+        Args:
+            packed: `pack_bits` of each mask, by parameter name.
+            shapes: of the masks, by parameter name.
+            pattern: as in `MaskSet`; a mask with an n:m pattern is unpacked to be checked, one at a time.
+            input_dims: as in `MaskSet`.
+
+        Raises:
+            ValueError: as `MaskSet`, or if bits do not fit their shape.
+
+        Example:
+            >>> MaskSet.from_packed({"w": pack_bits(mask)}, {"w": mask.shape}) == MaskSet({"w": mask})
+            True
+        """
+        masks = cls.__new__(cls)
+        masks._take(packed, shapes, pattern, input_dims, {})
+        return masks
+
+    def _take(
+        self,
+        packed: Mapping[str, Tensor],
+        shapes: Mapping[str, Sequence[int]],
+        pattern: str | Pattern | Mapping[str, str | Pattern],
+        input_dims: Mapping[str, int] | None,
+        unpacked: Mapping[str, Tensor],
+    ) -> None:
+        """Check and hold packed masks; `unpacked` has those that need not be unpacked again."""
+        if not packed:
+            raise ValueError("A MaskSet needs at least one mask, got none.")
+        self.patterns = {name: pattern_for(name, pattern) for name in packed}
+        self._shapes = {name: torch.Size(shapes[name]) for name in packed}
+        self.input_dims = {n: (input_dims or {}).get(n, len(shape) - 1) for n, shape in self._shapes.items()}
+        self._packed = dict(packed)
+        self._kept = {name: count_bits(bits, self._shapes[name]) for name, bits in packed.items()}
+        for name, parsed in self.patterns.items():
+            axis = self.input_dims[name]
+            if not 0 <= axis < max(1, len(self._shapes[name])):
+                raise ValueError(f"Mask of '{name}' has no axis {axis} of inputs; its shape is {self.shape(name)}.")
+            if not parsed.is_structured:
+                continue
+            broken = parsed.violations(matrix_view(unpacked[name] if name in unpacked else self[name], axis))
             if broken:
                 raise ValueError(
-                    f"Mask of '{name}' breaks pattern {self.patterns[name]} in {broken} groups; "
+                    f"Mask of '{name}' breaks pattern {parsed} in {broken} groups; "
                     f"use pattern 'unstructured', or prune the tensor again."
                 )
-            self._shapes[name] = mask.shape
-            self._packed[name] = pack_bits(mask).cpu()
-            self._kept[name] = int(mask.sum())
 
     # -- reading -----------------------------------------------------------------------------------------------------
 
@@ -268,7 +311,7 @@ class MaskSet(Mapping[str, Tensor]):
         if scope not in ("tensor", "row", "global"):
             raise ValueError(f"Unknown scope '{scope}'; use 'tensor', 'row' or 'global'.")
         if parsed.n is None and scope == "global":
-            return cls(_keep_globally(scores, share), pattern=parsed, input_dims=dims)
+            return cls(keep_largest_globally(scores, share), pattern=parsed, input_dims=dims)
         masks = {}
         for name, score in scores.items():
             view = matrix_view(score, dims[name])
@@ -342,8 +385,7 @@ class MaskSet(Mapping[str, Tensor]):
         """
         file, packed, layout = mask_file.read(path)
         try:
-            masks = {name: unpack_bits(packed[name], shape) for name, shape in layout.shapes.items()}
-            loaded = cls(masks, pattern=layout.patterns, input_dims=layout.input_dims)
+            loaded = cls.from_packed(packed, layout.shapes, pattern=layout.patterns, input_dims=layout.input_dims)
         except (ValueError, TypeError, IndexError, RuntimeError) as error:  # a header that no `save` wrote
             raise ValueError(f"'{file}' is damaged ({error}); restore it or prune again.") from error
         if loaded.digest() != layout.digest:
@@ -358,35 +400,10 @@ class MaskSet(Mapping[str, Tensor]):
         return mask_file.push(self.save, repo_id, token=token, commit_message=commit_message)
 
 
-def check_sparsity(pattern: Pattern, sparsity: float | None) -> float:
-    """The share to prune for a pattern: the given one, or the one n:m fixes.
-
-    Raises:
-        ValueError: if it is missing, not a number, outside [0, 1), or contradicts n:m.
-    """
-    fixed = pattern.sparsity
-    if sparsity is None:
-        if fixed is not None:
-            return fixed
-        raise ValueError("Pattern 'unstructured' needs a sparsity in [0, 1), got none; pass for example sparsity=0.5.")
-    if isinstance(sparsity, bool) or not isinstance(sparsity, (int, float)) or not 0 <= sparsity < 1:
-        raise ValueError(f"sparsity must be a number in [0, 1), got {sparsity!r}; 0.6 removes 60% of the weights.")
-    if fixed is not None and not math.isclose(sparsity, fixed):
-        raise ValueError(f"Pattern {pattern} fixes sparsity at {fixed:g}, got {sparsity}; leave sparsity out.")
-    return float(sparsity) if fixed is None else fixed
-
-
 def tensor_digest(weight: Tensor) -> str:
     """SHA-256 over the values of one tensor as contiguous fp32."""
     values = weight.detach().to(device="cpu", dtype=torch.float32).contiguous()
     return hashlib.sha256(values.view(-1).view(torch.uint8).numpy().data).hexdigest()
-
-
-def _keep_globally(scores: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
-    flat = torch.cat([score.reshape(-1).float() for score in scores.values()])
-    mask = keep_largest(flat, flat.numel() - round(share * flat.numel()))
-    parts = mask.split([score.numel() for score in scores.values()])
-    return {name: part.view(scores[name].shape) for name, part in zip(scores, parts, strict=True)}
 
 
 def _check_pattern_of_zeros(name: str, excess: Tensor, pattern: Pattern) -> None:

@@ -32,14 +32,31 @@ def unpack_bits(packed: Tensor, shape: Sequence[int]) -> Tensor:
     Raises:
         ValueError: if the number of bytes does not fit the shape, or padding bits are set.
     """
+    numel = _check_packed(packed, shape)
+    values = torch.tensor(_BIT_VALUES, dtype=torch.uint8, device=packed.device)
+    bits = (packed[:, None] & values).ne_(0).view(-1)
+    return bits[:numel].to(torch.bool).view(torch.Size(shape))
+
+
+def count_bits(packed: Tensor, shape: Sequence[int]) -> int:
+    """Number of kept weights of a packed mask, without unpacking it.
+
+    Raises:
+        ValueError: as `unpack_bits`.
+    """
+    _check_packed(packed, shape)
+    how_often = torch.bincount(packed, minlength=256).tolist()
+    return sum(count * byte.bit_count() for byte, count in enumerate(how_often))
+
+
+def _check_packed(packed: Tensor, shape: Sequence[int]) -> int:
+    """The number of weights, if the bytes are as many as it needs and the bits after the last weight are 0."""
     numel = int(torch.Size(shape).numel())
     if packed.dtype != torch.uint8 or packed.shape != ((numel + 7) // 8,):
         raise ValueError(
             f"A packed mask of shape {tuple(shape)} needs {(numel + 7) // 8} bytes of uint8, "
             f"got {tuple(packed.shape)} of {packed.dtype}."
         )
-    values = torch.tensor(_BIT_VALUES, dtype=torch.uint8, device=packed.device)
-    bits = (packed[:, None] & values).ne_(0).view(-1)
-    if bool(bits[numel:].any()):
+    if numel % 8 and int(packed[-1]) >> numel % 8:
         raise ValueError(f"A packed mask of shape {tuple(shape)} has bits set after its last element; it is damaged.")
-    return bits[:numel].to(torch.bool).view(torch.Size(shape))
+    return numel

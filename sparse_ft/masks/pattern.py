@@ -8,7 +8,9 @@ Source: Mishra et al. 2021, "Accelerating Sparse Deep Neural Networks" (arXiv 21
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -82,3 +84,37 @@ class Pattern:
 
     def __str__(self) -> str:
         return "unstructured" if self.n is None else f"{self.n}:{self.m}"
+
+
+def pattern_for(name: str, given: str | Pattern | Mapping[str, str | Pattern]) -> Pattern:
+    """The pattern of one tensor: the one given for all, or its own.
+
+    Raises:
+        ValueError: if there is none for it, or it is no pattern.
+    """
+    if not isinstance(given, Mapping):
+        return Pattern.parse(given)
+    if name not in given:
+        raise ValueError(
+            f"There is a mask of '{name}' but no pattern for it, only for {len(given)} other tensors; "
+            f"add one, or give one pattern for all, such as 'unstructured'."
+        )
+    return Pattern.parse(given[name])
+
+
+def check_sparsity(pattern: Pattern, sparsity: float | None) -> float:
+    """The share to prune for a pattern: the given one, or the one n:m fixes.
+
+    Raises:
+        ValueError: if it is missing, not a number, outside [0, 1), or contradicts n:m.
+    """
+    fixed = pattern.sparsity
+    if sparsity is None:
+        if fixed is not None:
+            return fixed
+        raise ValueError("Pattern 'unstructured' needs a sparsity in [0, 1), got none; pass for example sparsity=0.5.")
+    if isinstance(sparsity, bool) or not isinstance(sparsity, (int, float)) or not 0 <= sparsity < 1:
+        raise ValueError(f"sparsity must be a number in [0, 1), got {sparsity!r}; 0.6 removes 60% of the weights.")
+    if fixed is not None and not math.isclose(sparsity, fixed):
+        raise ValueError(f"Pattern {pattern} fixes sparsity at {fixed:g}, got {sparsity}; leave sparsity out.")
+    return float(sparsity) if fixed is None else fixed

@@ -9,6 +9,8 @@ Thresholds come from selection (`kthvalue`), never from a full sort.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -64,6 +66,22 @@ def keep_largest_per_row(scores: Tensor, keep: int) -> Tensor:
         rank_from_end = tied.flip(-1).cumsum(-1).flip(-1)
         mask |= tied & (rank_from_end <= missing)
     return mask
+
+
+def keep_largest_globally(scores: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
+    """Drop a share of the entries of all tensors together, round(share * numel) of them: those with the lowest scores.
+
+    Args:
+        scores: real, any shapes, by name.
+        share: of the entries to drop, in [0, 1).
+
+    Returns:
+        Bool masks by name.
+    """
+    flat = torch.cat([score.reshape(-1).float() for score in scores.values()])
+    mask = keep_largest(flat, flat.numel() - round(share * flat.numel()))
+    parts = mask.split([score.numel() for score in scores.values()])
+    return {name: part.view(scores[name].shape) for name, part in zip(scores, parts, strict=True)}
 
 
 def keep_n_of_m(scores: Tensor, n: int, m: int) -> Tensor:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sparse_ft.masks import MaskSet, pack_bits, unpack_bits
+from sparse_ft.masks import MaskSet, pack_bits
 from sparse_ft.models import Target, canonical_name, matrix_view
 from sparse_ft.pruning.inside import budgets_inside
 from sparse_ft.pruning.observation import InputGroup
@@ -61,30 +61,24 @@ def return_free_memory() -> None:
             trim(0)
 
 
-class PackedMasks(Mapping[str, Tensor]):
+class PackedMasks:
     """Masks collected tensor by tensor, held as one bit per weight."""
 
     def __init__(self) -> None:
-        self._packed: dict[str, tuple[Tensor, torch.Size]] = {}
+        self._packed: dict[str, Tensor] = {}
+        self._shapes: dict[str, torch.Size] = {}
 
     def update(self, masks: Mapping[str, Tensor]) -> None:
         """Add bool masks by name."""
-        self._packed.update({name: (pack_bits(mask).cpu(), mask.shape) for name, mask in masks.items()})
-
-    def __getitem__(self, name: str) -> Tensor:
-        return_free_memory()
-        return unpack_bits(*self._packed[name])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._packed)
-
-    def __len__(self) -> int:
-        return len(self._packed)
+        for name, mask in masks.items():
+            self._packed[name], self._shapes[name] = pack_bits(mask).cpu(), mask.shape
 
     def as_mask_set(self, targets: Sequence[Target], settings: Settings) -> MaskSet:
         """The masks as a `MaskSet`, in the order of the targets."""
-        self._packed = {target.name: self._packed[target.name] for target in targets}
-        return MaskSet(self, pattern=settings.pattern, input_dims={t.name: t.input_dim for t in targets})
+        return_free_memory()
+        packed = {target.name: self._packed[target.name] for target in targets}
+        axes = {target.name: target.input_dim for target in targets}
+        return MaskSet.from_packed(packed, self._shapes, pattern=settings.pattern, input_dims=axes)
 
 
 @torch.no_grad()
