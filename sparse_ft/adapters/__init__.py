@@ -3,6 +3,7 @@
 from sparse_ft.adapters.lora_prune import LoraPruneConfig, LoraPruneModel
 from sparse_ft.adapters.mask_lora import MaskLoraConfig, MaskLoraModel
 from sparse_ft.adapters.mask_lora_function import mask_lora_delta, mask_lora_linear
+from sparse_ft.adapters.merge_into_base import merge_into_base
 from sparse_ft.adapters.perp import (
     PerpMethod,
     TrainableShare,
@@ -27,6 +28,7 @@ __all__ = [
     "group_parameters",
     "mask_lora_delta",
     "mask_lora_linear",
+    "merge_into_base",
     "merge_perp",
     "parse_method",
     "prepare_perp",

@@ -17,8 +17,8 @@ from sparse_ft.adapters.quantised import (
     QuantisedLinear,
     QuantisedPlainLinear,
     cannot_merge,
+    guard_layers,
     is_quantised,
-    keep_packing,
 )
 from sparse_ft.adapters.targets import prepare
 from sparse_ft.models import canonical_name
@@ -63,9 +63,9 @@ class MaskedLoraModel(LoraModel):
         """Check the adapter's targets, then add its layers to the model in place.
 
         Raises:
-            ValueError, FileNotFoundError, RuntimeError: see `targets.prepare` and `quantised.keep_packing`.
+            ValueError, FileNotFoundError, RuntimeError: see `targets.prepare` and `quantised.guard_layers`.
         """
-        keep_packing(model)
+        guard_layers(model)
         prepare(self.peft_config[adapter_name], model, self.layer_for)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 

@@ -16,7 +16,7 @@ The result of training is merged into the unquantised weights, see `merge_into_b
 rounded away.
 
 On CPUs with AVX512-BF16 a forward pass in eval mode repacks a 4-bit weight in place, after which dequantised weights
-and gradients are wrong. `keep_packing` switches that off, for all layers of the model, before the first adapter.
+and gradients are wrong. `guard_layers` switches that off, for all layers of the model, before the first adapter.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ from sparse_ft.adapters.masked_layer import AdapterMask, LinearLayer, MaskedLine
 from sparse_ft.masks import MaskSet
 from sparse_ft.models import canonical_name, named_weights
 
-_DEQUANTISED_TO = (torch.float16, torch.bfloat16, torch.float32)  # by bitsandbytes itself
+_HALF = (torch.float16, torch.bfloat16)
+_DEQUANTISED_TO = (*_HALF, torch.float32)  # by bitsandbytes itself
 
 
 def is_quantised(module: nn.Module) -> bool:
@@ -130,22 +131,45 @@ def verify_zeros(masks: MaskSet, model: nn.Module) -> None:
         )
 
 
-def keep_packing(model: nn.Module) -> None:
-    """Keep bitsandbytes from repacking the 4-bit weights of a model in place in a forward pass on the CPU.
+def guard_layers(model: nn.Module) -> None:
+    """Keep the 4-bit weights of a model from being repacked on the CPU, and refuse those that are wrong there.
 
     Raises:
-        RuntimeError: if it happened already; the weights are then no longer those that were loaded.
+        RuntimeError: if weights were repacked already, or bitsandbytes does not dequantise them as it quantised them.
     """
     layers = [(name, module) for name, module in model.named_modules() if _is_4bit(module)]
     for name, layer in layers:
+        name = canonical_name(f"{name}.weight")
         if getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
             raise RuntimeError(
-                f"bitsandbytes has repacked the weight of '{canonical_name(f'{name}.weight')}' in an evaluation on the "
-                f"CPU, after which training and merging would be wrong; load the model again and add the adapter "
-                f"before the first evaluation."
+                f"bitsandbytes has repacked '{name}' in an evaluation on the CPU, after which training and merging "
+                f"would be wrong; load the model again and add the adapter before the first evaluation."
+            )
+        if not _is_dequantised_well(layer):
+            raise RuntimeError(
+                f"bitsandbytes reads '{name}' wrongly on the CPU, since its {layer.in_features} inputs are no multiple "
+                f"of the block size {layer.weight.quant_state.blocksize}; use 8 bits, or an accelerator."
             )
     for _, layer in layers:
         layer.support_avx512bf16_for_cpu = False
+
+
+def check_biases(modules: Mapping[str, nn.Module]) -> None:
+    """Refuse to train biases that bitsandbytes would round to 16 bits, in place and in each forward pass.
+
+    Args:
+        modules: by name, those with trained biases that go through the forward of bitsandbytes.
+
+    Raises:
+        ValueError: naming the first such layer.
+    """
+    for name, module in modules.items():
+        compute = getattr(module, "compute_dtype", None)
+        if _is_4bit(module) and module.bias is not None and compute in _HALF:
+            raise ValueError(
+                f"bitsandbytes would round the trained bias of '{name}' to {str(compute).removeprefix('torch.')} in "
+                f"each step; load the model with bnb_4bit_compute_dtype=torch.float32, or train no biases."
+            )
 
 
 class QuantisedLinear(LinearLayer):
@@ -206,6 +230,17 @@ def _is_4bit(module: nn.Module) -> bool:
 def _is_8bit(module: nn.Module) -> bool:
     bnb = _bitsandbytes()
     return bnb is not None and isinstance(module, bnb.nn.Linear8bitLt) and module.weight.dtype == torch.int8
+
+
+def _is_dequantised_well(module: Any) -> bool:
+    """False where rows that end inside a block get the scales of other blocks, as in the CPU kernel of 0.50."""
+    state, weight = copy.copy(module.weight.quant_state), module.weight.data
+    if weight.device.type != "cpu" or module.in_features % state.blocksize == 0:
+        return True
+    state.shape = (1, state.shape.numel())  # one row, which ends with the last block
+    return torch.equal(
+        _bitsandbytes().functional.dequantize_4bit(weight, state).view(-1), float_weight(module).view(-1)
+    )
 
 
 def _scale(module: Any) -> Tensor:

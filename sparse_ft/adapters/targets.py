@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from sparse_ft.adapters.base_digest import base_digest, bits_digest
 from sparse_ft.adapters.masked_config import PRUNED, MaskedLoraConfig
-from sparse_ft.adapters.masked_layer import MaskedLayer
-from sparse_ft.adapters.quantised import stored_shape, verify_zeros
+from sparse_ft.adapters.masked_layer import MaskedLayer, MaskedLinear
+from sparse_ft.adapters.quantised import check_biases, stored_shape, verify_zeros
 from sparse_ft.masks import MASKS_FILE, MaskSet
 from sparse_ft.models import canonical_name, find_targets, named_weights
 
@@ -57,6 +57,7 @@ def prepare(config: MaskedLoraConfig, model: nn.Module, layer_for: LayerFor) -> 
         parts.check(f"{module}.weight", dense=True)
         _check_rank(config, f"{module}.weight", parts.shape(f"{module}.weight"))
     masks = _only(masks, names)
+    _check_biases(config, names, dense, parts)
     verify_zeros(masks, model)
     if any(len(masks.shape(name)) == 3 for name in names) and config.lora_dropout:
         raise ValueError("lora_dropout does not work on fused experts; set it to 0, or exclude the experts.")
@@ -146,8 +147,7 @@ def _dense_modules(config: MaskedLoraConfig, parts: _Parts) -> list[str]:
     for module in modules:
         if _is_excluded(config, module):
             raise ValueError(
-                f"'{module}' is in dense_modules, but exclude_modules, modules_to_save or layers_to_transform leave it "
-                f"out; change one of them."
+                f"'{module}' is in dense_modules and in exclude_modules or modules_to_save; name it in one of them."
             )
     return sorted(modules)
 
@@ -161,6 +161,15 @@ def _check_modules_to_save(config: MaskedLoraConfig) -> None:
                 f"modules_to_save={sorted(config.modules_to_save or ())} would train a copy of the pruned '{name}' "
                 f"that loses its zeros; name modules without masks, or train it with MaskCallback."
             )
+
+
+def _check_biases(config: MaskedLoraConfig, names: list[str], dense: list[str], parts: _Parts) -> None:
+    """Raise one sentence if the forward of a layer that is not ours would spoil the biases that are to be trained."""
+    owners = {name.rpartition(".")[0]: parts.layer_of(name) or MaskedLayer for name in names}
+    adapted = {*owners, *dense} if config.bias != "none" else set()
+    trained = adapted if config.bias != "all" else set(parts.modules)
+    ours = {module for module, layer in owners.items() if issubclass(layer, MaskedLinear)}
+    check_biases({module: parts.modules[module] for module in sorted(trained - ours)})
 
 
 def _check_rank(config: MaskedLoraConfig, name: str, shape: tuple[int, ...]) -> None:
@@ -188,21 +197,18 @@ def _masked_names(config: MaskedLoraConfig) -> list[str]:
     names = [name for name in counts if name not in empty and not _is_excluded(config, name.rpartition(".")[0])]
     if not names:
         raise ValueError(
-            f"target_modules='pruned' leaves none of {len(counts)} masked tensors; check the masks, exclude_modules "
-            f"and layers_to_transform."
+            f"target_modules='pruned' leaves none of {len(counts)} masked tensors; check the masks and exclude_modules."
         )
     return names
 
 
 def _is_excluded(config: MaskedLoraConfig, module: str) -> bool:
-    """Whether `exclude_modules`, `modules_to_save` or `layers_to_transform` leave a module out, by PEFT's rule."""
+    """Whether `exclude_modules` or `modules_to_save` leave a module out, by PEFT's rule."""
     asked = SimpleNamespace(
         exclude_modules=config.exclude_modules,
         modules_to_save=config.modules_to_save,
         target_modules={module},
         target_parameters=None,
-        layers_to_transform=config.layers_to_transform,
-        layers_pattern=config.layers_pattern,
     )
     return not check_target_module_exists(asked, module)
 
