@@ -83,6 +83,8 @@ class Method:
         if self.perp is None:
             return
         groups = resolve_groups(model, self.perp, masks)
+        if how.save_adapter is not None and self.perp.adapter is None and "head" not in groups:
+            raise ValueError(f"Method {self.name!r} leaves no adapter to save in this model; leave out --save_adapter.")
         if how.r is not None:
             check_rank(model, self.perp, masks, how.r)
         dtype = model.get_parameter(next(iter(masks))).dtype if how.dtype == "auto" else getattr(torch, how.dtype)
