@@ -103,8 +103,8 @@ def prune_matrices(
         settings: checked arguments.
 
     Returns:
-        The masks in the parameters' own layout, by target name, and the names of the matrices that too few tokens
-        reached.
+        The masks in the parameters' own layout, by target name, and the names of the matrices that were pruned without
+        a statistic, because too few tokens or none were observed.
 
     Raises:
         ValueError: if a statistic is not finite.
@@ -130,7 +130,7 @@ def prune_matrices(
         del statistic
     for name in matrices.keys() - masks.keys():
         masks[name] = _prune_matrix(*matrices[name], None, method, settings)
-        starved.append(name)
+        starved += [] if matrices[name][0].is_dense else [name]
     return {target.name: _join_masks(target, budgets[target.name], masks) for target in targets}, starved
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from sparse_ft.pruning.matrices import MIN_TOKENS, owners_of_weights, prune_matr
 from sparse_ft.pruning.observation import BlockObserver, InputGroup
 from sparse_ft.pruning.plan import Budget, Method, Settings
 from sparse_ft.pruning.replay import BlockReplay
+from sparse_ft.pruning.weight_use import WeightUse
 
 
 def prune_block_by_block(
@@ -43,7 +45,7 @@ def prune_block_by_block(
     """Prune every target in place, calibrating as it goes.
 
     A block that the model never calls for these batches is pruned by magnitude, with a warning; so is a matrix that
-    fewer than `MIN_TOKENS` tokens reach.
+    fewer than `MIN_TOKENS` tokens reach, and one that is used without a call of its module, which hides its inputs.
 
     Args:
         model: the model; a block's parameters must be real between `load` and `finish`.
@@ -66,6 +68,7 @@ def prune_block_by_block(
         of_block[target.block].append(target)
     left = dict(blocks)
     starved: list[str] = []
+    uncalled: list[str] = []
     with BlockReplay(model, blocks, batches, device) as replay, progress_bar(len(blocks), settings) as bar:
         while left:
             index = replay.next_block()
@@ -73,18 +76,21 @@ def prune_block_by_block(
             block = left.pop(name)
             load(name)
             owners = {weight: owner for weight, (owner, _) in owners_of_weights(block, name).items()}
-            groups = []
+            groups: list[InputGroup] = []
+            hidden: set[str] = set()
             if index is not None:
                 pruned = [t for t in of_block[name] if not all(budget.is_dense for budget in budgets[t.name])]
-                groups = _observe(replay, index, [(t, owners[t.name]) for t in pruned], method)
+                groups, hidden = _observe(replay, index, [(t, owners[t.name]) for t in pruned], method)
             weights = {t.name: _parameter(owners[t.name], t) for t in of_block[name]}
             masks, few = prune_matrices(of_block[name], weights, budgets, groups, method, settings)
-            starved += few
+            starved += [matrix for matrix in few if matrix not in hidden]
+            uncalled += [matrix for matrix in few if matrix in hidden]
             if index is not None and left:
                 replay.run(index, record=True)
             finish(name, masks)
             bar.update()
     _warn_of_starved(starved)
+    _warn_of_uncalled(uncalled)
 
 
 def progress_bar(total: int, settings: Settings, unit: str = "block") -> Any:
@@ -98,19 +104,41 @@ def _parameter(owner: nn.Module, target: Target) -> Tensor:
 
 def _observe(
     replay: BlockReplay, index: int, targets: Sequence[tuple[Target, nn.Module]], method: Method
-) -> list[InputGroup]:
+) -> tuple[list[InputGroup], set[str]]:
+    """What flows into the targets of one block, and the weights that are used without calling their modules."""
     if not targets or method.statistic is None:
-        return []
-    with BlockObserver(targets, method.statistic) as observer:
-        replay.run(index, before_batch=observer.start_batch)
-    return observer.groups
+        return [], set()
+    use = WeightUse({target.name: _parameter(owner, target) for target, owner in targets})
+    with BlockObserver(targets, method.statistic) as observer, ExitStack() as first_batch:
+        first_batch.enter_context(use)
+
+        def before_batch(number: int) -> None:
+            observer.start_batch(number)
+            if number == 1:
+                first_batch.close()
+
+        replay.run(index, before_batch=before_batch)
+    seen = {matrix for group in observer.groups for matrix in group.matrices}
+    return observer.groups, use.used - seen
 
 
 def _warn_of_starved(matrices: Sequence[str]) -> None:
     if matrices:
-        listing = ", ".join(matrices[:8]) + (f" and {len(matrices) - 8} more" if len(matrices) > 8 else "")
         warnings.warn(
             f"{len(matrices)} matrices saw fewer than {MIN_TOKENS} calibration tokens, or only zeros, and were pruned "
-            f"by magnitude: {listing}; give more calibration data.",
+            f"by magnitude: {_listing(matrices)}; give more calibration data.",
             stacklevel=4,
         )
+
+
+def _warn_of_uncalled(matrices: Sequence[str]) -> None:
+    if matrices:
+        warnings.warn(
+            f"The model uses {len(matrices)} weights without calling their modules, so their inputs cannot be observed "
+            f"and they were pruned by magnitude: {_listing(matrices)}; exclude them to leave them dense.",
+            stacklevel=4,
+        )
+
+
+def _listing(names: Sequence[str]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
