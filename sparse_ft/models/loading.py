@@ -94,12 +94,22 @@ def load_model(
     return model.to(device).eval()
 
 
-def load_skeleton(name_or_path: str | Path) -> PreTrainedModel:
-    """Build the model from its config with parameters on the meta device and buffers real; no weight is read."""
+def load_skeleton(name_or_path: str | Path, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """Build the model from its config with parameters on the meta device and buffers real; no weight is read.
+
+    Args:
+        name_or_path: directory or Hub name.
+        dtype: of parameters, and of buffers the model computes in its own dtype; torch's default dtype when None.
+    """
     config = load_config(name_or_path)
     cls: Any = model_class(config)
-    with init_empty_weights(include_buffers=False):
-        model = cls(config)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype or before)  # only so do buffers made in `__init__` have the dtype they are loaded in
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = cls(config)
+    finally:
+        torch.set_default_dtype(before)
     model.tie_weights()
     return model.eval()
 

@@ -46,8 +46,8 @@ def prepare_calibration(
         gets decoder inputs: those given, else made from `labels`, else from `input_ids`, the way the model makes them.
 
     Raises:
-        ValueError: if there are none, or token ids are no integers, lie outside the vocabulary or beyond the positions
-            of the model.
+        ValueError: if there are none, a batch lacks the model's input, or token ids are no integers, lie outside the
+            vocabulary or beyond the positions of the model.
     """
     if calibration is None:
         raise ValueError(
@@ -65,6 +65,7 @@ def prepare_calibration(
     rows: dict[Any, list[Batch]] = defaultdict(list)
     for given in calibration:
         batch = _as_batch(given)
+        _check_input(model, batch)
         _check_ids(model, batch)
         if not _has_rows(batch):
             batches.append(_with_decoder_inputs(model, _unsplit(batch)))
@@ -96,6 +97,18 @@ def _as_batch(given: Any) -> Batch:
     if isinstance(ids, Tensor) and ids.ndim == 1:
         batch = {k: v[None] if isinstance(v, Tensor) and v.shape == ids.shape else v for k, v in batch.items()}
     return batch
+
+
+def _check_input(model: Any, batch: Batch) -> None:
+    """transformers says what a model's main input is called; of other models nothing is known."""
+    main = getattr(model, "main_input_name", None)
+    if main is None or batch.keys() & {main, "input_ids", "inputs_embeds", "encoder_outputs"}:
+        return
+    found = f"only {', '.join(map(repr, sorted(map(str, batch))))}" if batch else "nothing"
+    raise ValueError(
+        f"A calibration batch for {type(model).__name__} has no '{main}', {found}; rename its keys to those of the "
+        f"model's forward, or pass token ids (B, T)."
+    )
 
 
 def _with_decoder_inputs(model: Any, batch: Batch) -> Batch:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -215,23 +214,12 @@ def open_skeleton(directory: Path, reader: CheckpointReader, device: torch.devic
     dtype = getattr(load_config(directory), "dtype", None)
     if dtype is None:
         dtype = next((reader.dtype(n) for n in reader.names() if reader.dtype(n).is_floating_point), torch.float32)
-    with _default_dtype(dtype):
-        model = load_skeleton(directory)
+    model = load_skeleton(directory, dtype=dtype)
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = buffer.to(device)
     return model
-
-
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 def open_writer(output: Path, reader: CheckpointReader) -> CheckpointWriter:

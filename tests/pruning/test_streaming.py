@@ -164,8 +164,8 @@ def most_weights_in_memory(layers: int, tmp_path: Path, monkeypatch: pytest.Monk
     most = [0]
     read, build = CheckpointReader.get, streaming_module.load_skeleton
 
-    def spy_on_skeleton(*arguments: Any) -> Any:
-        model = build(*arguments)
+    def spy_on_skeleton(*arguments: Any, **options: Any) -> Any:
+        model = build(*arguments, **options)
         modules.extend(model.modules())
         return model
 

@@ -103,8 +103,8 @@ def most_weights_in_memory(layers: int, place: Path, monkeypatch: pytest.MonkeyP
     most = [0]
     read, build = CheckpointReader.get, pruning_streaming.load_skeleton
 
-    def spy_on_skeleton(*arguments: Any) -> Any:
-        model = build(*arguments)
+    def spy_on_skeleton(*arguments: Any, **options: Any) -> Any:
+        model = build(*arguments, **options)
         modules.extend(model.modules())
         return model
 
