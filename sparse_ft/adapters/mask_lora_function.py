@@ -5,8 +5,8 @@ weight: the backward pass builds that again in one temporary, uses it for dX, an
 gradient G = dYᵀ X, which is formed once, masked in place, and multiplied into dB = c G Aᵀ and dA = c Bᵀ G. Above plain
 LoRA that costs the product G and a few passes over one weight.
 
-Masks travel as `masks.keep_bits`, one byte per weight: masking is then a bitwise AND, which is exact for any value and
-faster than multiplying by a bool or uint8 mask.
+Masks travel packed, one bit per weight, or as `masks.keep_bits`, one byte: masking is then a bitwise AND, which is
+exact for any value and faster than multiplying by a bool or uint8 mask.
 
 Source: Zimmer et al., PERP, arXiv 2312.15230, section 3 (MaskLoRA).
 """
@@ -32,7 +32,7 @@ def mask_lora_delta(
     Args:
         lora_A: (r, in).
         lora_B: (out, r).
-        mask: bool or `keep_bits`, in the layout of the weight: (out, in), or (in, out) with `fan_in_fan_out`.
+        mask: bool, `keep_bits` or packed, in the layout of the weight: (out, in), or (in, out) with `fan_in_fan_out`.
         scaling: c.
         fan_in_fan_out: the weight is stored as (in, out), as in GPT-2's Conv1D.
 
@@ -73,7 +73,7 @@ def mask_lora_linear(
         weight: frozen W, (out, in), or (in, out) with `fan_in_fan_out`; or a function that makes it, called in each
             pass; None leaves W out: the adapter's part alone.
         bias: (out,) or None.
-        mask: bool or `keep_bits`, in the layout of the weight.
+        mask: bool, `keep_bits` or packed, in the layout of the weight.
         lora_A: (r, in), usually fp32.
         lora_B: (out, r), usually fp32.
         scaling: c.

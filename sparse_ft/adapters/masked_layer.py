@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from sparse_ft.adapters.combining import Factors, concatenated, summed, truncated
 from sparse_ft.adapters.effective_weight import Weight
 from sparse_ft.adapters.mask_lora_function import mask_lora_delta
-from sparse_ft.masks import keep_bits, pack_bits
+from sparse_ft.masks import keep_bits, pack_bits, unpack_bits
 
 
 class AdapterMask(nn.Module):
@@ -43,9 +43,10 @@ class AdapterMask(nn.Module):
     def __init__(self, name: str, mask: Tensor, made_for: str) -> None:
         super().__init__()
         self.name = name
-        self.keep = keep_bits(mask)
-        bits = pack_bits(mask.cpu()).numpy().tobytes()
-        self._made_for = hashlib.sha256(f"{tuple(mask.shape)}|{made_for}|".encode() + bits).digest()
+        packed = pack_bits(mask.cpu())
+        # one bit per weight stays in memory, one byte would be a quarter of an 8-bit model's weights again and more
+        self.keep = packed.to(mask.device) if mask.numel() > 1 else keep_bits(mask)
+        self._made_for = hashlib.sha256(f"{tuple(mask.shape)}|{made_for}|".encode() + packed.numpy().tobytes()).digest()
         self._checked: Tensor | None = None  # the fingerprint that was found to be right
         self.register_buffer("fingerprint", torch.frombuffer(bytearray(self._made_for), dtype=torch.uint8))
 
@@ -55,7 +56,7 @@ class AdapterMask(nn.Module):
         return super().__getattr__(name)
 
     def bits(self) -> Tensor:
-        """`keep_bits` of the mask.
+        """The mask as `mask_` takes it: packed, but for a single True.
 
         Raises:
             RuntimeError: if A and B were loaded from an adapter with another mask or another base.
@@ -141,7 +142,7 @@ class MaskedLayer(lora.LoraLayer):
             self.check_finite(names)
         merged = self._merged(names)
         weight = self._parameter().data
-        self._set_aside = self._set_aside or self._values_at(self._bits(names[0]).bool())
+        self._set_aside = self._set_aside or self._values_at(self._mask(names[0]))
         weight.copy_(merged)
         self.merged_adapters.extend(names)
 
@@ -243,6 +244,11 @@ class MaskedLayer(lora.LoraLayer):
         mask = self.lora_mask[adapter_name]
         assert isinstance(mask, AdapterMask)
         return mask.bits()
+
+    def _mask(self, adapter_name: str) -> Tensor:
+        """The mask as bool, in the layout of the weight or a single True."""
+        bits = self._bits(adapter_name)
+        return unpack_bits(bits, self._parameter().shape) if bits.dtype == torch.uint8 else bits.bool()
 
     def _wide(self, adapter_name: str) -> tuple[Tensor, Tensor]:
         """A and B in fp32, or fp64 if they are."""

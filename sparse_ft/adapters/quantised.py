@@ -33,7 +33,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sparse_ft.adapters.effective_weight import Weight
 from sparse_ft.adapters.masked_layer import AdapterMask, LinearLayer, MaskedLinear, PlainLinear
-from sparse_ft.masks import MaskSet
+from sparse_ft.masks import MaskSet, pack_bits, unpack_bits
 from sparse_ft.models import canonical_name, named_weights
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -177,8 +177,9 @@ class QuantisedLinear(LinearLayer):
 
     def set_mask(self, adapter_name: str, mask: AdapterMask) -> None:
         """Give an adapter its mask, which is used in the layout of the quantised weight."""
-        if _was_conv1d(self.get_base_layer()):
-            mask.keep = mask.keep.t().contiguous()
+        base = self.get_base_layer()
+        if _was_conv1d(base) and mask.keep.numel() > 1:
+            mask.keep = pack_bits(unpack_bits(mask.keep, (base.in_features, base.out_features)).t())
         super().set_mask(adapter_name, mask)
 
     def _base_weight(self) -> Weight:

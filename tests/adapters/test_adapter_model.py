@@ -217,9 +217,15 @@ def test_copies_and_casts_keep_the_masks(method: str) -> None:
     model, masks = sparse_model()
     peft_model = adapted(model, masks, method=method)
     twin = copy.deepcopy(peft_model).to(torch.bfloat16)
-    assert all(m.keep.dtype == torch.int8 for m in twin.modules() if hasattr(m, "keep"))
+    assert all(m.keep.dtype == torch.uint8 for m in twin.modules() if hasattr(m, "keep"))
     torch.testing.assert_close(logits(twin).float(), logits(peft_model), rtol=0.1, atol=0.1)
     masks.verify(twin.merge_and_unload())
+
+
+def test_masks_take_a_bit_per_weight() -> None:
+    model, masks = sparse_model()
+    held = sum(m.keep.nbytes for m in adapted(model, masks).modules() if hasattr(m, "keep"))
+    assert held == sum(total for _, total in masks.counts().values()) // 8
 
 
 @every_method
@@ -227,7 +233,7 @@ def test_masks_move_with_the_model(method: str) -> None:
     model, masks = sparse_model()
     moved = adapted(model, masks, method=method).to("meta")
     keeps = [module.keep for module in moved.modules() if hasattr(module, "keep")]
-    assert len(keeps) == len(masks) and all(keep.is_meta and keep.dtype == torch.int8 for keep in keeps)
+    assert len(keeps) == len(masks) and all(keep.is_meta and keep.dtype == torch.uint8 for keep in keeps)
 
 
 @every_method
