@@ -7,7 +7,7 @@ and prints them with the number.
 
     ids = tokenize(load_text("wikitext-2", split="test"), tokenizer)
     result = perplexity(model, ids, sequence_length=256, dataset="wikitext-2", split="test")
-    print(result)      # perplexity 37.15: wikitext-2 test, 1262 windows of 256 tokens, ...
+    print(result)      # perplexity ...: wikitext-2 test, ... windows of 256 tokens (no overlap, ...), ...
 
 Windows do not overlap by default and the first token of each, which has no context, is not scored: the protocol of the
 pruning papers. With `stride` smaller than the length, windows overlap and each scores only the tokens no window before

@@ -1,7 +1,7 @@
 """PNG and SVG plots for the docs: perplexity against sparsity, one curve per method.
 
-    rows = [{"method": "wanda", "sparsity": 0.5, "perplexity": 38.8}, ...]
-    plot_curves(rows, "one_shot.png", baseline=37.15)
+    rows = [{"method": "wanda", "sparsity": 0.5, "perplexity": pruned.perplexity}, ...]
+    plot_curves(rows, "one_shot.png", baseline=dense.perplexity)
 
 Needs matplotlib, the extra `report`; it is imported here only, when a plot is drawn.
 """

@@ -175,7 +175,7 @@ def load_tasks(tasks: Sequence[Any]) -> list[Any]:
 
 
 def task_protocol(protocol: Mapping[str, Any]) -> str:
-    """How a task was measured, in one line, but for the task itself: `zero-shot tasks by lm_eval 0.4.13, 0-shot, ...`.
+    """How a task was measured, in one line, but for the task itself: `tasks by lm_eval ..., 0-shot, all questions`.
 
     Args:
         protocol: of `TaskResult.to_dict`.

@@ -69,6 +69,26 @@ def test_windows_of_a_reconstruction_are_kept_and_drawn(pruned: Path, tmp_path: 
     assert "mlp: mean squared error of its output" in (own / "report.html").read_text()
 
 
+def test_another_text_of_the_same_name_is_another_run(
+    pruned: Path, text: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that was stopped goes on with the text it began with, wherever that lies, and with no other."""
+    own = tmp_path / "text"
+    shutil.copytree(text, own)
+    words: list[object] = ["retrain", "--model_name_or_path", pruned, "--output_dir", tmp_path / "out"]
+    words += ["--dataset", own, "--sequence_length", 16, "--max_steps", 2, "--save_steps", 1, "--no_eval"]
+    monkeypatch.setattr("sparse_ft.cli.retrain.publish", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "full")))
+    assert command(*words).code == 2
+    monkeypatch.undo()
+    before = (own / "train.txt").read_text()
+    (own / "train.txt").write_text(before.replace("fox", "dog", 1))
+    result = command(*words, "--resume_from_checkpoint", "true")
+    assert result.code == 2 and "started with train_text_digest" in result.complaint
+    (own / "train.txt").write_text(before)
+    result = command(*words, "--resume_from_checkpoint", "true")
+    assert result.code == 0, result.err
+
+
 @pytest.mark.parametrize("count", [0, 1, 999, 1000, 1001, 12_345])
 def test_long_logs_are_thinned_evenly(count: int) -> None:
     entries: list[dict[str, Any]] = []
