@@ -19,7 +19,7 @@ Source: QLoRA, Dettmers et al., arXiv 2305.14314, for training on a quantised ba
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -68,16 +68,16 @@ def merge_into_base(
     _check_config(config)
     model = _open(base) if isinstance(base, (str, Path)) else base
     _check_plain(model)
-    before = {name: (weight.dtype, weight.requires_grad) for name, weight in model.named_parameters()}
+    trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
     adapted = PeftModel(model, replace(config, masks=config.masks))
     try:
         _check_tensors(adapted, tensors)
         set_peft_model_state_dict(adapted, tensors, adapter_name=adapted.active_adapter)
     except Exception:
-        _restore(adapted.unload(), before)
+        _set_trained(adapted.unload(), trained)
         raise
     merged: nn.Module = adapted.merge_and_unload()
-    _restore(merged, before)
+    _set_trained(merged, trained)
     assert config.masks is not None, "every saved adapter has them"
     config.masks.verify(merged)
     return merged
@@ -153,9 +153,7 @@ def _check_tensors(adapted: PeftModel, tensors: Mapping[str, Tensor]) -> None:
             )
 
 
-def _restore(model: nn.Module, before: Mapping[str, tuple[torch.dtype, bool]]) -> None:
-    """Give the parameters the dtypes they had, and gradients if they had."""
+def _set_trained(model: nn.Module, names: Collection[str]) -> None:
+    """Let just these parameters have gradients; PEFT took them from all."""
     for name, weight in model.named_parameters():
-        dtype, trained = before[name]
-        weight.data = weight.data.to(dtype)
-        weight.requires_grad_(trained)
+        weight.requires_grad_(name in names)

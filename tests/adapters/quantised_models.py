@@ -61,9 +61,11 @@ class Stored(NamedTuple):
     masks: MaskSet
     weights: dict[str, Tensor]
 
-    def quantised(self, kind: str, compute: torch.dtype = torch.float32, **options: Any) -> PreTrainedModel:
-        """The model, loaded in 4 or 8 bits."""
-        settings = dict(KINDS[kind])
+    def quantised(
+        self, kind: str, compute: torch.dtype = torch.float32, skip: list[str] | None = None, **options: Any
+    ) -> PreTrainedModel:
+        """The model, loaded in 4 or 8 bits, apart from the head and what is skipped."""
+        settings = {**KINDS[kind], "llm_int8_skip_modules": ["lm_head", *(skip or [])]}
         if "load_in_4bit" in settings:
             settings["bnb_4bit_compute_dtype"] = compute
         config = BitsAndBytesConfig(**settings)
