@@ -136,7 +136,7 @@ def _panel(measure: _Measure, trainings: Sequence[Training]) -> Panel | None:
         floor = min(max(y for _, y in curve.points) for curve in drawn) / 100
         above = [replace(curve, points=[point for point in curve.points if point[1] >= floor]) for curve in drawn]
         return Panel(measure.title, [curve for curve in above if curve.points], measure.height, log=True)
-    return Panel(measure.title, drawn, measure.height, least=measure.least)
+    return Panel(measure.title, drawn, measure.height, log=False if measure.spread else None, least=measure.least)
 
 
 def _curves_of(

@@ -153,7 +153,7 @@ def test_running_mean_stays_within_the_values(values: list[float]) -> None:
 def log(steps: int, loss: float, rate: float = 1e-3) -> list[dict[str, Any]]:
     entries: list[dict[str, Any]] = []
     for step in range(10, steps + 1, 10):
-        entry = {"step": step, "loss": loss + 1 / step, "learning_rate": rate * (1 - step / steps), "grad_norm": 0.5}
+        entry = {"step": step, "loss": loss + 1 / step, "learning_rate": rate * (1.01 - step / steps), "grad_norm": 0.5}
         entries += [entry | {"sparsity/total": 0.5}]
     return [*entries, {"step": steps, "eval_loss": loss + 0.125}, {"step": steps, "train_runtime": 3.0}]
 
@@ -188,6 +188,7 @@ def test_a_retraining_is_drawn_with_all_it_logged(tmp_path: Path) -> None:
     ]
     assert [value for _, _, value in circles(picture)] == [3.125]
     assert "loss on the evaluation text" in text and "optimizer step" in text
+    assert "learning rate (log scale)" not in text, "a schedule is drawn as it is, however small it ends"
     assert not [content for _, _, kind, content in texts(picture) if kind == "heading" and content]
     _, text = page_of(tmp_path, histories={"norms": [{"step": i, "loss": 2.0} for i in (1, 2)]})
     assert "learning rate" not in text and "evaluation text" not in text
