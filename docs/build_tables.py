@@ -228,6 +228,17 @@ def names_fragment() -> str:
     return table(rows) + "\n"
 
 
+def recipes_fragment() -> str:
+    """Every shipped recipe with the first line of its comment."""
+    folder = ROOT / "recipes"
+    lines = {path: path.read_text(encoding="utf-8").splitlines()[0] for path in sorted(folder.rglob("*.yaml"))}
+    rows = [
+        {"recipe": f"`{path.relative_to(folder).with_suffix('').as_posix()}`", "for": line.lstrip("# ")}
+        for path, line in lines.items()
+    ]
+    return table(rows) + "\n"
+
+
 def verb_groups(verb: str) -> tuple[type, ...]:
     """The dataclasses a verb's options come from: its GROUPS, or those it imports when it has only a few."""
     from sparse_ft.cli.main import VERBS
@@ -296,6 +307,7 @@ def fragments(results: dict[str, Result], readme: str) -> Iterable[tuple[str, st
     yield "adapter_steps.md", file_fragment(results, STEP)
     yield "names.md", names_fragment()
     yield "commands.md", commands_fragment()
+    yield "recipes.md", recipes_fragment()
     yield "readme_body.md", for_site(readme)
     yield "contributing_body.md", for_site((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
     for page, beginnings in METHOD_PAGES.items():

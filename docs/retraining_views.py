@@ -128,7 +128,7 @@ def recovered(rows: Sequence[Row]) -> list[Row]:
 def _line(way: Way) -> Row:
     return {
         "pruning": "–" if way.method == "dense" else way.pruning,
-        "method": way.method,
+        "method": way.method + (f" ({len(way.runs)} seeds)" if len(way.runs) > 1 else ""),
         "perplexity": way.spread("perplexity", cell),
         "gap closed": way.spread("gap_closed", percent),
         "trained": way.spread("trainable_share", small_percent),
@@ -136,7 +136,6 @@ def _line(way: Way) -> Row:
         "CPU s": way.spread("cpu_seconds", cell),
         "peak MB": way.spread("peak_mb", lambda value: f"{value:,.0f}"),
         "learning rate": way.runs[0].get("learning_rate"),
-        "runs": len(way.runs) if way.method not in REFERENCES else None,
     }
 
 
@@ -197,7 +196,8 @@ def advice(rows: Sequence[Row]) -> str:
     first = [way for way in found if way.pruning == FIRST]
     if not first:
         return "No measurement to choose by is in `docs/results`.\n"
-    parts = [f"After {FIRST}, by share of the log-perplexity gap won back:", _bullets(_needs(first))]
+    heading = f"After {FIRST}, by share of the log-perplexity gap won back (costs within {TIE:.0%} count as equal):"
+    parts = [heading, _bullets(_needs(first))]
     pairs = _bullets(_pairs(first))
     if pairs:
         parts += ["What one choice changed:", pairs]
