@@ -24,7 +24,9 @@ from sparse_ft.models import find_blocks
 def watch_gradient_flow(model: nn.Module) -> list[RemovableHandle]:
     """Look, once per block with trainable parameters, whether its output has a gradient.
 
-    Without activation checkpointing nothing is watched, for there a trainable parameter is enough.
+    Without activation checkpointing nothing is watched, for there a trainable parameter is enough. Where a model
+    checkpoints its blocks together with their hooks (transformers before 5.23) the look sees nothing;
+    `check_gradients_came` does, one backward pass later.
 
     Args:
         model: the model about to be trained; an adapter may be around it.
@@ -42,7 +44,7 @@ def watch_gradient_flow(model: nn.Module) -> list[RemovableHandle]:
             "requires_grad_(True) on what shall train."
         )
     handles: list[RemovableHandle] = []
-    if not any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+    if not _is_checkpointing(model):
         return handles
     for name, block in find_blocks(model):
         count = sum(parameter.requires_grad for parameter in block.parameters())
@@ -57,14 +59,33 @@ def _watch(name: str, block: nn.Module, count: int) -> RemovableHandle:
             return  # an evaluation, or a forward pass inside a checkpoint
         handle.remove()
         if not any(tensor.requires_grad for tensor in _tensors(output)):
-            raise RuntimeError(
-                f"None of the {count} trainable tensors in '{name}' gets a gradient, because reentrant activation "
-                f"checkpointing needs an input that requires one and the embedding is frozen; call "
-                f"model.enable_input_require_grads() before training, or set use_reentrant to False."
-            )
+            raise RuntimeError(_sentence(count, f"'{name}'"))
 
     handle = block.register_forward_hook(look)
     return handle
+
+
+def check_gradients_came(model: nn.Module) -> None:
+    """Check, after the first backward pass, that it reached the trainable parameters inside the blocks.
+
+    Raises:
+        RuntimeError: if there are such parameters and none of them has a gradient.
+    """
+    inside = [p for _, block in find_blocks(model) for p in block.parameters() if p.requires_grad]
+    if inside and _is_checkpointing(model) and all(parameter.grad is None for parameter in inside):
+        raise RuntimeError(_sentence(len(inside), "the blocks"))
+
+
+def _is_checkpointing(model: nn.Module) -> bool:
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
+def _sentence(count: int, where: str) -> str:
+    return (
+        f"None of the {count} trainable tensors in {where} gets a gradient, because reentrant activation checkpointing "
+        f"needs an input that requires one and the embedding is frozen; call model.enable_input_require_grads() before "
+        f"training, or set use_reentrant to False."
+    )
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

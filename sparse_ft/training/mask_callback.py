@@ -49,7 +49,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from sparse_ft.checkpoints import make_record, write_sidecars
 from sparse_ft.masks import MASKS_FILE, MaskSet, keep_bits, mask_
 from sparse_ft.models.names import canonical_name, named_weights
-from sparse_ft.training.gradient_flow import watch_gradient_flow
+from sparse_ft.training.gradient_flow import check_gradients_came, watch_gradient_flow
 from sparse_ft.training.processes import check_same_masks, check_strategy, check_whole, wait_for_everyone
 from sparse_ft.training.resume import disown_checkpoint
 
@@ -167,6 +167,13 @@ class MaskCallback(TrainerCallback):
             self._handles.append(parameter.register_post_accumulate_grad_hook(partial(_mask_gradient, keep)))
         if bits and not keeps_zeros(optimizer):
             self._handles.append(optimizer.register_step_post_hook(partial(_mask_weights, bits)))
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Check in the first step that what trains has a gradient."""
+        if self._check_next_step:
+            check_gradients_came(kwargs["model"])
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Check after the first step, and before a checkpoint is written."""
