@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from sparse_ft.checkpoints import CheckpointReader, atomic_directory, check_output_dir, read_sidecars, versions
 from sparse_ft.checkpoints.resolve import member
@@ -29,7 +29,8 @@ from sparse_ft.cli.opening import open_source
 from sparse_ft.cli.publishing import command_line, plain_arguments, print_tasks
 from sparse_ft.cli.refreshing import add_evaluations, is_sparse_checkpoint
 from sparse_ft.data import tokenize
-from sparse_ft.evaluation import REPORT_HTML, ReportData, check_numbers, load_tasks, perplexity, write_report, zero_shot
+from sparse_ft.evaluation import REPORT_HTML, ReportData, load_tasks, perplexity, write_report, zero_shot
+from sparse_ft.evaluation.tasks import check_numbers
 from sparse_ft.models import load_config, load_tokenizer
 
 __all__ = ["run"]
@@ -86,8 +87,9 @@ def _measure(
     subject: Subject, text: TextArguments, tasks: Sequence[str], how: EvalArguments, device: torch.device
 ) -> list[dict[str, Any]]:
     """Everything that was asked for, each printed when it is there. The texts and tasks are read before the model."""
+    config = load_config(subject.base, trust_remote_code=how.trust_remote_code)
     tokenizer = _tokenizer_of(subject)
-    read = _read_text(subject, text, how, tokenizer) if text.dataset is not None else None
+    read = _read_text(text, how, config, tokenizer) if text.dataset is not None else None
     loaded = load_tasks(tasks) if tasks else []
     model = load_subject(subject, choose_dtype(how.dtype), device, how.trust_remote_code, merge=how.merge)
     entries: list[dict[str, Any]] = []
@@ -105,11 +107,10 @@ def _measure(
 
 
 def _read_text(
-    subject: Subject, text: TextArguments, how: EvalArguments, tokenizer: PreTrainedTokenizerBase
+    text: TextArguments, how: EvalArguments, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Any]:
     """What `perplexity` measures on: `ids`, `sequence_length`, `dataset` and `split`."""
     assert text.dataset is not None
-    config = load_config(subject.base, trust_remote_code=how.trust_remote_code)
     length = choose_length(text.sequence_length, config, tokenizer)
     found, split = find_split(text.dataset, how.split, config=text.dataset_config, text_field=text.text_field)
     return {"ids": tokenize(found, tokenizer), "sequence_length": length, "dataset": text.dataset, "split": split}

@@ -17,7 +17,6 @@ from sparse_ft.evaluation.sparsity import SparsityRow, sparsity_table, sparsity_
 from sparse_ft.evaluation.tasks import (
     PERP_TASKS,
     TaskResult,
-    check_numbers,
     load_tasks,
     perp_means,
     task_protocol,
@@ -34,7 +33,6 @@ __all__ = [
     "ReportData",
     "SparsityRow",
     "TaskResult",
-    "check_numbers",
     "load_tasks",
     "mask_sample",
     "perp_means",

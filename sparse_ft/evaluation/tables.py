@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sparse_ft.evaluation import formats
 from sparse_ft.evaluation.markup import Markup, join, tag
-from sparse_ft.evaluation.tasks import task_protocol
 
 Row = Mapping[str, Any]
 
@@ -114,16 +114,16 @@ def tasks_table(entries: Sequence[Mapping[str, Any]]) -> Markup:
         entries: from `TaskResult.to_dict(label=...)`.
     """
     labels = list(dict.fromkeys(str(entry.get("label", "")) for entry in entries))
-    rows: dict[tuple[str, ...], dict[str, Mapping[str, Any]]] = {}
+    rows: dict[str, dict[str, Mapping[str, Any]]] = {}
     for entry in entries:
-        protocol = entry.get("protocol") or {}
-        key = str(entry["task"]), str(entry.get("metric", "")), str(protocol.get("samples")), task_protocol(protocol)
-        rows.setdefault(key, {})[str(entry.get("label", ""))] = entry
+        measured = [entry["task"], entry.get("metric"), entry.get("protocol")]
+        rows.setdefault(json.dumps(measured, sort_keys=True, default=str), {})[str(entry.get("label", ""))] = entry
     body = []
-    for (task, metric, samples, _), of_label in rows.items():
-        cells = [tag("th", task, scope="row", class_="text"), tag("td", metric)]
+    for of_label in rows.values():
+        one = next(iter(of_label.values()))
+        cells = [tag("th", str(one["task"]), scope="row", class_="text"), tag("td", str(one.get("metric", "")))]
         cells += [_task_cell(of_label.get(label)) for label in labels]
-        body.append(tag("tr", *cells, tag("td", formats.count(int(samples)) if samples.isdigit() else "")))
+        body.append(tag("tr", *cells, tag("td", _whole((one.get("protocol") or {}).get("samples")))))
     return _table(["Task", "Metric", *labels, "Questions"], body)
 
 

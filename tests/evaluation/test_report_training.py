@@ -299,6 +299,7 @@ def test_tasks_stand_side_by_side_where_they_were_measured_alike(tmp_path: Path)
     written, text = page_of(tmp_path, evaluations=entries)
     rows = [re.findall(r">([^<>]+)<", row) for row in re.findall(r"<tr>.*?</tr>", written)]
     rows = [row for row in rows if row[0] == "arc_easy"]
+    assert len(rows) == 3
     assert rows[0] == ["arc_easy", "acc", "0.5000 ± 0.0100", "0.3750 ± 0.0100", "20"]
     assert rows[1] == ["arc_easy", "acc_norm", "0.2500 ± 0.0100", "20"]
     assert rows[2] == ["arc_easy", "acc_norm", "0.1250 ± 0.0100", "5"], "another protocol is another line"
