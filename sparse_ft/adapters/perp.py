@@ -50,6 +50,7 @@ from sparse_ft.adapters.perp_groups import (
     plain_name,
     resolve_groups,
 )
+from sparse_ft.adapters.quantised import check_biases, guard_layers
 from sparse_ft.adapters.scale_lora import ScaleLoraConfig
 from sparse_ft.masks import MaskSet
 
@@ -128,6 +129,9 @@ def prepare_perp(
     if break_symmetry and method.adapter != "scale_lora":
         raise ValueError(f"break_symmetry belongs to scale_lora, not to {method}; leave it out.")
     groups = resolve_groups(model, method, masks)
+    guard_layers(model)
+    if "biases" in groups and method.adapter is None:
+        check_biases(dict(model.named_modules()))
     if method.adapter is None and "head" not in groups:
         if lora_alpha is not None or lora_options:
             given = ", ".join(["lora_alpha"] * (lora_alpha is not None) + sorted(lora_options))

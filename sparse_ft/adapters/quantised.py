@@ -157,6 +157,8 @@ def guard_layers(model: nn.Module) -> None:
 def check_biases(modules: Mapping[str, nn.Module]) -> None:
     """Refuse to train biases that bitsandbytes would round to 16 bits, in place and in each forward pass.
 
+    4-bit linears round them to the dtype they compute in, 8-bit linears to that of their inputs.
+
     Args:
         modules: by name, those with trained biases that go through the forward of bitsandbytes.
 
@@ -164,11 +166,11 @@ def check_biases(modules: Mapping[str, nn.Module]) -> None:
         ValueError: naming the first such layer.
     """
     for name, module in modules.items():
-        compute = getattr(module, "compute_dtype", None)
-        if _is_4bit(module) and module.bias is not None and compute in _HALF:
+        compute = getattr(module, "compute_dtype", torch.float16)
+        if is_quantised(module) and module.bias is not None and compute in _HALF:
             raise ValueError(
-                f"bitsandbytes would round the trained bias of '{name}' to {str(compute).removeprefix('torch.')} in "
-                f"each step; load the model with bnb_4bit_compute_dtype=torch.float32, or train no biases."
+                f"bitsandbytes would round the trained bias of '{name}' to 16 bits in each step; load the model in 4 "
+                f"bits with bnb_4bit_compute_dtype=torch.float32, or train no biases."
             )
 
 

@@ -138,6 +138,9 @@ class RetrainArguments:
     dtype: str = option(
         "auto", "dtype of the weights in training: float32, bfloat16, or auto (float32 for full, else as stored)"
     )
+    quantization: str | None = option(
+        None, "adapters: train on a 4bit (nf4, double quantization) or 8bit copy, and merge into the stored weights"
+    )
     save_adapter: str | None = option(
         None, "adapters and head: also keep the adapter, with its groups, unmerged, in this directory"
     )

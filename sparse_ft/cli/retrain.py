@@ -4,7 +4,8 @@
 
 `--method mask_lora` trains adapters under the mask and merges them; `--method full` trains every weight that is left;
 `--method norms`, `mask_lora+norms` and others train a small part (`cli.retrain_methods`). `--method reconstruct` works
-block by block instead (`cli.reconstruct`).
+block by block instead (`cli.reconstruct`). `--quantization 4bit` trains an adapter on a quantised copy and merges it
+into the stored weights (`cli.retrain_quantised`).
 Everything else is `transformers.TrainingArguments`, unchanged. Checkpoints of the run live in `<output_dir>.run`
 until the result is whole; a killed run goes on with `--resume_from_checkpoint true` and ends with the same weights.
 
@@ -21,11 +22,13 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from peft import PeftModel
 from torch import nn
 from transformers import (
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
@@ -35,6 +38,7 @@ from transformers import (
 )
 from transformers.integrations import get_reporting_integration_callbacks
 
+from sparse_ft.adapters import merge_into_base
 from sparse_ft.checkpoints import (
     atomic_directory,
     check_output_dir,
@@ -57,6 +61,7 @@ from sparse_ft.cli.opening import is_causal, open_source
 from sparse_ft.cli.publishing import Outcome, plain_arguments, print_outcome, publish, written_weights
 from sparse_ft.cli.reconstruct import ReconstructArguments, check_unused
 from sparse_ft.cli.retrain_methods import Method, check_settings, choose_method, print_trainable
+from sparse_ft.cli.retrain_quantised import check_quantization, load_quantised
 from sparse_ft.cli.retrain_run import bare_resume_flag, decisive_settings, open_run, run_dir_of, run_identity
 from sparse_ft.cli.retrain_source import SparseModel, load_sparse_model
 from sparse_ft.data import tokens_digest, training_dataset, windows
@@ -133,6 +138,7 @@ def _check(names: ModelArguments, text: TextArguments, how: RetrainArguments, tr
     """What can be refused without reading a model; the output directory."""
     check_strategy(training)
     check_settings(choose_method(how.method), how, training)
+    check_quantization(choose_method(how.method), how)
     choose_dtype(how.dtype)
     inputs = [names.model_name_or_path]
     output_dir = check_output_dir(training.output_dir, inputs=inputs, overwrite=how.overwrite)
@@ -242,8 +248,7 @@ def _before(job: Job) -> list[dict[str, Any]]:
 def _train(job: Job, checkpoint: str | None, outcome: Outcome) -> nn.Module:
     """The trained model; the outcome learns what was trained and, by method, the log of the training."""
     how, masks = job.how, job.sparse.masks
-    dtype = choose_dtype(job.method.dtype if how.dtype == "auto" else how.dtype)
-    model = job.sparse.model if dtype == "auto" else job.sparse.model.to(dtype)
+    model = _model_to_train(job)
     set_seed(job.training.seed)
     evaluated = job.training.eval_strategy != "no" and job.eval_text is not None
     prepared = job.method.prepare(model, masks, how)
@@ -256,11 +261,21 @@ def _train(job: Job, checkpoint: str | None, outcome: Outcome) -> nn.Module:
         eval_dataset=_blocks(job) if evaluated else None,
         processing_class=job.tokenizer,
         data_collator=default_data_collator,
-        callbacks=[MaskCallback(masks), *job.reporters],
+        # quantised weights are frozen, and their bytes are not the zeros that the callback checks
+        callbacks=[*([] if how.quantization else [MaskCallback(masks)]), *job.reporters],
     )
     trainer.train(resume_from_checkpoint=checkpoint)
     outcome.histories = {how.method: trainer.state.log_history}
     return trainer.model
+
+
+def _model_to_train(job: Job) -> PreTrainedModel:
+    """The sparse model itself, in the dtype of the training, or a quantised copy."""
+    if job.how.quantization is not None:
+        job.sparse.model.to("cpu")  # where it waits to be merged into
+        return load_quantised(job.source, job.how, job.training)
+    dtype = choose_dtype(job.method.dtype if job.how.dtype == "auto" else job.how.dtype)
+    return job.sparse.model if dtype == "auto" else job.sparse.model.to(dtype)
 
 
 def _blocks(job: Job) -> list[dict[str, Any]]:
@@ -278,7 +293,7 @@ def _finish(job: Job, trained: nn.Module, outcome: Outcome) -> None:
         if how.save_adapter is not None:
             adapter = stack.enter_context(atomic_directory(how.save_adapter, overwrite=how.overwrite))
             _write_adapter(job, trained, outcome, adapter)
-        model = job.method.finish(trained).to(job.sparse.dtype).eval()
+        model = _merged(job, trained).to(job.sparse.dtype).eval()
         outcome.evaluations = [*outcome.evaluations, *job.measure(model, "retrained", "retrained")]
         model.save_pretrained(directory)
         for name in ("config.json", "generation_config.json"):
@@ -287,6 +302,15 @@ def _finish(job: Job, trained: nn.Module, outcome: Outcome) -> None:
         if (run_dir / TENSORBOARD).is_dir():
             shutil.copytree(run_dir / TENSORBOARD, directory / TENSORBOARD)
         publish(directory, job.sparse.masks, outcome)
+
+
+def _merged(job: Job, trained: nn.Module) -> PreTrainedModel:
+    """The trained model as a plain one, on the device of the training."""
+    if job.how.quantization is None:
+        return job.method.finish(trained)
+    assert isinstance(trained, PeftModel), "check_quantization() wants an adapter"
+    merged = cast(PreTrainedModel, merge_into_base(trained, job.sparse.model))
+    return merged.to(job.training.device)
 
 
 def _write_adapter(job: Job, trained: Any, outcome: Outcome, directory: Path) -> None:

@@ -35,8 +35,8 @@ _DECISIVE = (
     "load_best_model_at_end", "world_size",
 )  # fmt: skip
 _OURS = (
-    "method", "r", "lora_alpha", "use_rslora", "lora_dropout", "break_symmetry", "dtype", "dataset", "dataset_config",
-    "text_field", "train_split",
+    "method", "r", "lora_alpha", "use_rslora", "lora_dropout", "break_symmetry", "dtype", "quantization", "dataset",
+    "dataset_config", "text_field", "train_split",
 )  # fmt: skip
 
 

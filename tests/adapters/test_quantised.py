@@ -26,9 +26,9 @@ from adapters.quantised_models import (  # noqa: E402
 from adapters.sparse_models import logits, sparse_model, train  # noqa: E402
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training  # noqa: E402
 from tiny_models import tiny_batch  # noqa: E402
-from transformers import Trainer, TrainingArguments  # noqa: E402
+from transformers import PreTrainedModel, Trainer, TrainingArguments  # noqa: E402
 
-from sparse_ft.adapters import MaskLoraConfig  # noqa: E402
+from sparse_ft.adapters import MaskLoraConfig, prepare_perp  # noqa: E402
 from sparse_ft.adapters.quantised import is_quantised  # noqa: E402
 from sparse_ft.masks import MaskSet  # noqa: E402
 
@@ -45,6 +45,12 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Stored:
 
 def quantised_layers(model: nn.Module) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if is_quantised(module)}
+
+
+def untied(model: PreTrainedModel) -> PreTrainedModel:
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    return model
 
 
 def packed_bytes(model: nn.Module) -> list[Tensor]:
@@ -318,9 +324,12 @@ def test_trainer_moves_the_factors_and_nothing_else(
 def test_biases_that_bitsandbytes_would_round_are_not_trained(tmp_path: Path) -> None:
     stored = store(tmp_path, "opt")
     for method, bias, options in (("lora_prune", "lora_only", {}), ("mask_lora", "all", {"exclude_modules": ["fc1"]})):
-        with pytest.raises(ValueError, match=r"round the trained bias of '.*' to bfloat16.*compute_dtype"):
+        with pytest.raises(ValueError, match=r"round the trained bias of '.*' to 16 bits.*compute_dtype"):
             stored.adapted(method, "nf4", torch.bfloat16, bias=bias, **options)
         stored.adapted(method, "nf4", torch.float32, bias=bias, **options)
+    for method, kind in (("biases", "nf4"), ("biases+head", "int8"), ("lora_prune+biases", "int8")):
+        with pytest.raises(ValueError, match=r"round the trained bias of '.*' to 16 bits"):
+            prepare_perp(untied(stored.quantised(kind, torch.bfloat16)), method, stored.masks, r=4)
     model = stored.adapted("mask_lora", "nf4", torch.bfloat16, bias="all")
     train(model)
     assert {p.dtype for n, p in model.named_parameters() if n.endswith("bias")} == {torch.float32}
