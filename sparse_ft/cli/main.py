@@ -18,7 +18,10 @@ __all__ = ["VERBS", "VerificationError", "main"]
 VERBS = {
     "prune": ("sparse_ft.cli.prune", "make a sparse checkpoint from a dense one (magnitude, random, wanda, sparsegpt)"),
     "retrain": ("sparse_ft.cli.retrain", "train a sparse checkpoint, its zeros staying exactly zero"),
-    "eval": ("sparse_ft.cli.eval", "perplexity and zero-shot tasks of a checkpoint or an adapter, with how they were measured"),
+    "eval": (
+        "sparse_ft.cli.eval",
+        "perplexity and zero-shot tasks of a checkpoint or adapter, and how they were measured",
+    ),
     "report": ("sparse_ft.cli.report", "what a checkpoint holds: sparsity per tensor, history, evaluations, targets"),
     "demo": ("sparse_ft.cli.demo", "train, prune and recover a small model in a few minutes, offline"),
 }
