@@ -19,9 +19,10 @@ Example:
     >>> trainer.train(resume_from_checkpoint=latest_complete_checkpoint(arguments.output_dir))
 
 Several processes: with a whole copy of the model in each (DDP by `torchrun` or `accelerate launch`) nothing changes in
-the script. Each masks its own gradient before the average is taken; see `training.processes`. The weights are bit for
-bit those of one process that accumulates the same micro-batches when there are two processes; with more, or with one
-larger batch, they agree to the rounding of the sum of gradients. Pruned weights are exactly zero on every process.
+the script. Each masks its own gradient before the average is taken; see `training.processes`. Two processes with one
+micro-batch each per step end, on the CPU in fp32, with the very bits of one process that accumulates the two; with more
+of either, or against one larger batch, the weights agree to the rounding of the sum of gradients. Pruned weights are
+exactly zero on every process.
 
 Averages of the weights (`torch.optim.swa_utils.AveragedModel`, TRL's `BEMACallback`) are sums of masked weights, hence
 masked; `masks.verify(averaged.module)` checks it. Neither writes the masks: `masks.save(directory)` puts them beside.

@@ -8,6 +8,10 @@ has written its part of it.
 Example:
     >>> check_strategy(training_arguments)           # raises for DeepSpeed, FSDP, Megatron-LM and tensor parallelism
     >>> check_same_masks(masks, training_arguments)
+
+Limits: for a PEFT model the Trainer looks for unused parameters, which torch cannot do under reentrant activation
+checkpointing: set `ddp_find_unused_parameters` to False there. A model whose masks are taken from its zeros is that of
+process 0, whose weights DDP gives to all.
 """
 
 from __future__ import annotations
