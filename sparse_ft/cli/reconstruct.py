@@ -4,8 +4,9 @@
 
 Of `transformers.TrainingArguments` it uses `--max_steps` (per window; by default every calibration sequence is used
 once), `--num_train_epochs`, `--learning_rate`, `--per_device_train_batch_size`, `--warmup_steps`, `--seed`, `--bf16`
-(matrix products in training) and `--use_cpu`. Checkpoints are streamed, so models of any size and kind will do; the
-perplexity before and after is measured for causal models, and loads them.
+(matrix products in training; the default for a model in bfloat16, which `--dtype float32` turns off) and `--use_cpu`.
+Checkpoints are streamed, so models of any size and kind will do; the perplexity before and after is measured for causal
+models, and loads them.
 """
 
 from __future__ import annotations
@@ -49,7 +50,6 @@ from sparse_ft.masks import MaskSet
 from sparse_ft.models import load_config, load_tokenizer
 from sparse_ft.reconstruction import ReconstructionResult, reconstruct_checkpoint
 from sparse_ft.reconstruction.settings import check_settings
-from sparse_ft.reconstruction.trained import parse_training
 
 __all__ = ["METHOD", "ReconstructArguments", "check_unused", "run"]
 
@@ -66,10 +66,11 @@ _USED = (
 # Options that would change a training by the Trainer, with the only value that is right here.
 _FIXED: dict[str, tuple[Any, str]] = {
     "save_adapter": (None, "adapters are merged window by window"),
-    "dtype": ("auto", "it trains in float32; --bf16 computes matrix products in bfloat16"),
+    "quantization": (None, "it holds few blocks at a time"),
     "use_rslora": (False, "give the scale of an adapter by --lora_alpha"),
     "lora_dropout": (None, "it trains without dropout"),
     "break_symmetry": (False, "scale_lora starts as published"),
+    "quantization": (None, "one block of each model is in memory at a time"),
     "resume_from_checkpoint": (None, "it starts anew, and takes minutes"),
     "fp16": (False, "use --bf16"),
     "gradient_accumulation_steps": (1, "use --per_device_train_batch_size"),
@@ -146,18 +147,13 @@ class _Job:
         return [{**result, "kind": kind}]
 
 
-def run(argv: Sequence[str], how: ReconstructArguments) -> int:
-    """Reconstruct one checkpoint; the exit code.
-
-    Args:
-        argv: words after the verb.
-        how: what they say of `ReconstructArguments`, which decides the default learning rate.
-    """
+def run(argv: Sequence[str]) -> int:
+    """Reconstruct one checkpoint; the exit code."""
     defaults = RETRAIN_DEFAULTS | {
         "use_cpu": not torch.accelerator.is_available(),
         "max_steps": -1,
         "num_train_epochs": 1.0,
-        "learning_rate": parse_training(how.reconstruct_with).learning_rate,
+        "learning_rate": None,
     }
     groups = parse(
         argv, GROUPS, verb="retrain", description="Reconstruct a sparse checkpoint block by block.",
@@ -181,9 +177,10 @@ def _check(groups: Sequence[Any]) -> Path:
         given = getattr(how if hasattr(how, name) else training, name)
         if given != value:
             raise ValueError(f"Method {METHOD!r} does not take --{name} {given}: {reason}; leave it out.")
-    if training.world_size > 1:
+    if how.dtype not in ("auto", "float32") or (how.dtype == "float32" and training.bf16):
         raise ValueError(
-            f"Method {METHOD!r} runs in one process, not in {training.world_size}; start it without launch."
+            f"Method {METHOD!r} trains weights in float32, their products in bfloat16 with --bf16 or for a model in "
+            f"bfloat16, else in float32 as with --dtype float32; --dtype {how.dtype} does not go with that."
         )
     if training.max_steps == 0 or (training.max_steps < 0 and not training.num_train_epochs > 0):
         given = f"--max_steps {training.max_steps} and --num_train_epochs {training.num_train_epochs:g}"
@@ -210,7 +207,7 @@ def _options(how: RetrainArguments, windows: ReconstructArguments, training: Tra
         "batch_size": batch,
         "learning_rate": training.learning_rate,
         "warmup": float(training.warmup_steps),
-        "autocast": torch.bfloat16 if training.bf16 else None,
+        "autocast": True if training.bf16 else False if how.dtype == "float32" else None,
         "r": 16 if how.r is None else how.r,
         "lora_alpha": how.lora_alpha,
         "seed": training.seed,
@@ -282,7 +279,7 @@ def _reconstruct(job: _Job, dense: Path, argv: Sequence[str]) -> int:
             argv=argv,
             model=job.names.model_name_or_path,
             method=job.how.method,
-            arguments={**job.settings(), "output_dir": str(job.output_dir)},
+            arguments={**job.settings(), "learning_rate": result.learning_rate, "output_dir": str(job.output_dir)},
             evaluations=[*_before(job), *job.measure(directory, "retrained", "retrained")],
             reconstruction=[asdict(row) for row in result.windows],
             previous=job.record,

@@ -123,7 +123,7 @@ def run(argv: Sequence[str]) -> int:
                 f"Method 'reconstruct' works through the blocks in one process, got {training.world_size}; start it by "
                 f"plain `sparse-ft retrain`."
             )
-        return reconstruct.run(argv, windows)
+        return reconstruct.run(argv)
     check_unused(choose_method(how.method).name, windows)
     groups = (names, text, how, evaluation, training)
     output_dir = _check(names, text, how, training)

@@ -120,8 +120,10 @@ class BlockReplay:
         self._taken: list[set[int]] = [set() for _ in batches]  # batch -> id of recorded tensors a block took in
         self._number = 0
         self._copies: dict[int, Tensor] = {}  # this forward's copy of each recorded tensor, by its id
+        self._sources: dict[int, tuple[Tensor, int]] = {}  # by id of a copy: what it copies, and its version then
         self._nans: dict[_Dropped, Tensor] = {}  # this forward's tensors of NaN
         self._calls: dict[int, int] = {}
+        self._asked = False  # whether this forward is one for `arguments`
         self._dictionaries: dict[str, dict[Any, Any]] = {}  # what the running block was given, before it ran
         accepted = inspect.signature(model.forward).parameters
         self._options = {"use_cache": False} if "use_cache" in accepted else {}
@@ -161,17 +163,23 @@ class BlockReplay:
         return None
 
     def arguments(self, number: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """What the model calls its next block with for one batch; the tensors are the caller's to change.
+        """What the model calls its next block with for one batch.
+
+        The tensors are those that are held, recorded before or by `keep`: they may lie elsewhere than on the device,
+        and are not to be written into.
 
         Raises:
             RuntimeError: if the model calls no other block for this batch.
         """
+        self._asked = True
         try:
             self._forward(number)
         except _BlockReached as reached:
             return reached.args_given, reached.kwargs_given
         except StopForward:
             pass
+        finally:
+            self._asked = False
         raise RuntimeError(
             f"The model calls no further block for calibration batch {number} but does for others; give batches with "
             f"the same kinds of input."
@@ -227,12 +235,15 @@ class BlockReplay:
         try:
             self._model(**batch, **self._options)
         finally:
-            self._copies, self._nans = {}, {}
+            self._copies, self._nans, self._sources = {}, {}, {}
 
     def _answer(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What a block that is not running does: it repeats its recorded call, or ends this forward."""
         recorded = self._recorded[self._number].get(index)
         if recorded is None:
+            if self._asked:
+                self._drop_dead(args, kwargs)
+                args, kwargs = map_tensors((args, kwargs), self._held)
             raise _BlockReached(index, args, kwargs)
         number = self._calls.get(index, 0)
         self._calls[index] = number + 1
@@ -249,8 +260,14 @@ class BlockReplay:
                 self._nans[tensor] = torch.full(tensor.shape, torch.nan, dtype=tensor.dtype, device=device)
             return self._nans[tensor]
         if id(tensor) not in self._copies:
-            self._copies[id(tensor)] = tensor.to(device, copy=True)
+            copy = self._copies[id(tensor)] = tensor.to(device, copy=True)
+            self._sources[id(copy)] = (tensor, copy._version)
         return self._copies[id(tensor)]
+
+    def _held(self, tensor: Tensor) -> Tensor:
+        """The recorded tensor that this is a copy of, unless it was written into; else what `keep` makes of it."""
+        source, version = self._sources.get(id(tensor), (None, None))
+        return source if source is not None and tensor._version == version else self._keep(tensor)
 
     def _on_exit(
         self, calls: list[_Call], block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -271,11 +288,13 @@ class BlockReplay:
         calls.append(_Call(kept, {name: written for name, written in notes.items() if written}))
 
     def _on_entry(self, index: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """See which recorded tensors the running block takes in, and drop those that no block takes any more."""
         self._dictionaries = {name: dict(value) for name, value in kwargs.items() if isinstance(value, MutableMapping)}
         self._calls[index] = self._calls.get(index, 0) + 1
-        if self._calls[index] > 1:
-            return
+        if self._calls[index] == 1:
+            self._drop_dead(args, kwargs)
+
+    def _drop_dead(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """See which recorded tensors the next block takes in, and drop those that no block takes any more."""
         given = {id(tensor) for tensor in tensors_in((args, kwargs))}
         now = {original for original, copy in self._copies.items() if id(copy) in given}
         taken = self._taken[self._number]

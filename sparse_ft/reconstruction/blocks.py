@@ -95,6 +95,7 @@ class BlockReconstruction:
         keep: turns an activation into the copy that is held.
 
     Attributes:
+        learning_rate: at its peak.
         rows: what became of the windows.
         whole: blocks that have no cut between attention and MLP, where one was asked for.
         skipped: blocks that the model never called.
@@ -115,6 +116,8 @@ class BlockReconstruction:
     ) -> None:
         self._blocks, self._dense_blocks = find_blocks(model), find_blocks(dense)
         self._masks, self._groups, self._settings, self._keep = masks, groups, settings, keep
+        given = settings.learning_rate
+        self.learning_rate = settings.train.learning_rate(masks) if given is None else given
         self._device = torch.device(device)
         self._numbers = range(len(batches))
         self._streams = Streams(
@@ -181,7 +184,8 @@ class BlockReconstruction:
         """Reconstruct one block, and pass its outputs on if `more` blocks follow."""
         self._advanced = False
         if self._trained[self._name]:
-            self._streams.enter(index)
+            if not self.rows:
+                self._streams.check_called_once(index)
             pieces = list(self._windows(index))
             bar.total += len(pieces) - 1
             for piece in self._pieces(index, pieces, more):
@@ -336,7 +340,7 @@ class BlockReconstruction:
         """Train one window; keep the result if its error, merged and in the model's dtype, is lower."""
         before, steps = piece.before(), 0
         if piece.batches and math.isfinite(before) and before > 0 and self._settings.iterations != 0:
-            values, steps = self._train(piece, before)
+            values, steps = self._train(index, piece, before)
             previous = self._put(index, values)
             after = piece.after()
             if after < before:
@@ -346,7 +350,7 @@ class BlockReconstruction:
         piece.after()
         return WindowResult(self._name, piece.window.name, before, before, steps, False)
 
-    def _train(self, piece: _Piece, before: float) -> tuple[dict[str, Tensor], int]:
+    def _train(self, index: int, piece: _Piece, before: float) -> tuple[dict[str, Tensor], int]:
         """The values of the window's parameters by name in the block, in fp32, and the number of steps."""
         how, key = self._settings, f"{self._name}.{piece.window.name}"
         module, names, forward = piece.working()
@@ -356,13 +360,15 @@ class BlockReconstruction:
         groups = [own for own, name in canonical.items() if name in self._groups]
         seed = named_generator(how.seed, key).initial_seed()
         trained = TrainedWindow(module, how.train.weights, masks, groups, r=how.r, lora_alpha=how.lora_alpha, seed=seed)
-        steps = 0
+        block, steps, autocast = self._blocks[index][1], 0, how.autocast
+        if autocast is None:
+            autocast = any(block.get_parameter(name).dtype == torch.bfloat16 for name in ours.values())
         if trained.parameters:
             steps = train_window(
                 trained.parameters, forward, piece.target, piece.batches,
                 iterations=len(piece.batches) if how.iterations is None else how.iterations,
-                learning_rate=how.learning_rate, generator=named_generator(how.seed, key), warmup=how.warmup,
-                before=before, autocast=how.autocast,
+                learning_rate=self.learning_rate, generator=named_generator(how.seed, key), warmup=how.warmup,
+                before=before, autocast=torch.bfloat16 if autocast else None,
             )  # fmt: skip
         return {ours[own]: value for own, value in trained.finish().items()}, steps
 

@@ -23,7 +23,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from sparse_ft.masks import MaskSet
@@ -82,7 +81,7 @@ def reconstruct(
     batch_size: int = 2,
     learning_rate: float | None = None,
     warmup: float = 0.1,
-    autocast: torch.dtype | None = None,
+    autocast: bool | None = None,
     r: int = 16,
     lora_alpha: int | None = None,
     seed: int = 0,
@@ -103,10 +102,11 @@ def reconstruct(
         stream: `"sparse"`, `"dense"` or `"sparse_to_dense"`; see `streams`.
         iterations: training steps per window; by default each calibration sequence is used once.
         batch_size: sequences per step.
-        learning_rate: of AdamW at its peak, then linear decay; by default that of `trained.LEARNING_RATES`.
+        learning_rate: of AdamW at its peak, then linear decay; by default 5e-4, and for `"full"` 0.4 / the least number
+            of inputs of a masked matrix (1e-4 for 4096). Choose it on validation data.
         warmup: steps until the peak; below 1 a share of all.
-        autocast: `torch.bfloat16` computes the matrix products of training steps in it, fp32 otherwise. Trained weights
-            are in fp32 in either case, and errors are measured in the model's dtype.
+        autocast: compute the matrix products of training steps in bfloat16; by default if the weights are in bfloat16.
+            Trained weights are in fp32 in either case, and errors are measured in the model's dtype.
         r: rank of an adapter.
         lora_alpha: its scale is lora_alpha / r; by default 2 r.
         seed: of the order of the batches, and of adapters.
@@ -163,7 +163,7 @@ def result_of(run: BlockReconstruction, settings: Settings, batches: Sequence[Ba
         train=str(settings.train),
         granularity=settings.granularity,
         stream=settings.stream,
-        learning_rate=settings.learning_rate,
+        learning_rate=run.learning_rate,
         samples=count_rows(batches),
         whole_blocks=tuple(run.whole),
         skipped_blocks=tuple(run.skipped),

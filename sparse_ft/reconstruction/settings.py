@@ -8,7 +8,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from sparse_ft.masks import MaskSet
@@ -31,9 +30,9 @@ class Settings:
     stream: str
     iterations: int | None
     batch_size: int
-    learning_rate: float
+    learning_rate: float | None
     warmup: float
-    autocast: torch.dtype | None
+    autocast: bool | None
     r: int
     lora_alpha: int | None
     seed: int
@@ -49,7 +48,7 @@ def check_settings(
     batch_size: int,
     learning_rate: float | None,
     warmup: float,
-    autocast: torch.dtype | None,
+    autocast: bool | None,
     r: int,
     lora_alpha: int | None,
     seed: int,
@@ -70,20 +69,20 @@ def check_settings(
             "stream 'sparse_to_dense' needs windows with a nonlinearity, which granularity 'linear' has not; use "
             "stream 'sparse' or 'dense', or granularity 'attn_mlp'."
         )
-    rate = training.learning_rate if learning_rate is None else learning_rate
-    if not isinstance(rate, (int, float)) or not math.isfinite(rate) or rate <= 0:
+    rate = learning_rate
+    if rate is not None and (not isinstance(rate, (int, float)) or not math.isfinite(rate) or rate <= 0):
         raise ValueError(f"The learning rate is {rate!r} but must be a positive number, such as 1e-4.")
     for name, value, least in (("iterations", iterations, 0), ("batch_size", batch_size, 1), ("r", r, 1)):
         if value is not None and (not isinstance(value, int) or value < least):
             raise ValueError(f"{name} is {value!r} but must be an integer of at least {least}.")
     if not isinstance(warmup, (int, float)) or not math.isfinite(warmup) or warmup < 0:
         raise ValueError(f"warmup is {warmup!r} but must be a number of steps, or a share of all in [0, 1).")
-    if autocast not in (None, torch.bfloat16):
-        raise ValueError(f"autocast is {autocast} but can be torch.bfloat16 only; leave it out to train in float32.")
+    if autocast not in (None, True, False):
+        raise ValueError(f"autocast is {autocast!r} but must be True (bfloat16), False, or None to go by the model.")
     if lora_alpha is not None and training.weights in (None, "full", "scale_lora"):
         raise ValueError(f"lora_alpha is given, but train='{training}' has no adapter it applies to; leave it out.")
     return Settings(
-        training, granularity, stream, iterations, batch_size, float(rate), float(warmup), autocast, r, lora_alpha,
+        training, granularity, stream, iterations, batch_size, rate, float(warmup), autocast, r, lora_alpha,
         seed, progress,
     )  # fmt: skip
 

@@ -42,7 +42,7 @@ def reconstruct_checkpoint(
     batch_size: int = 2,
     learning_rate: float | None = None,
     warmup: float = 0.1,
-    autocast: torch.dtype | None = None,
+    autocast: bool | None = None,
     r: int = 16,
     lora_alpha: int | None = None,
     seed: int = 0,

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_ft.pruning.replay import BlockReplay, StopForward, map_tensors
+from sparse_ft.pruning.replay import BlockReplay, StopForward, map_tensors, tensors_in
 from sparse_ft.reconstruction.windows import Arguments, first_tensor
 
 STREAMS = ("sparse", "dense", "sparse_to_dense")
@@ -55,6 +55,7 @@ class Streams:
         # the first gives the inputs, the last the inputs of the targets
         self._replays = [BlockReplay(*places[one][0], batches, places[one][1], keep=keep) for one in self._used]
         self._blocks_of = [places[one][0][1] for one in self._used]
+        self._known: list[dict[int, Arguments]] = [{} for _ in self._replays]  # batch -> arguments of the next block
 
     def __enter__(self) -> Streams:
         for replay in self._replays:
@@ -78,30 +79,44 @@ class Streams:
 
     def inputs(self, number: int) -> Arguments:
         """The arguments of the next block for one batch, to be written into at will."""
-        return self._here(self._replays[0].arguments(number))
+        return self._arguments(0, number)
 
     def dense_inputs(self, number: int) -> Arguments:
         """The arguments that the target of a batch is computed from."""
-        return self._here(self._replays[-1].arguments(number))
+        return self._arguments(-1, number)
 
-    def enter(self, index: int) -> None:
-        """Come to the next block once with every batch: activations that no block needs any more are dropped then.
+    def _arguments(self, place: int, number: int) -> Arguments:
+        """Arguments of the next block, asked of the model once; after that they are copies of those.
+
+        A model's masks and position embeddings are mostly the same for every batch, and are held once then.
+        """
+        known = self._known[place]
+        call = known.get(number)
+        if call is None:
+            call = self._replays[place].arguments(number)
+            if _is_plain(call):
+                call = known[number] = _shared(call, known.get(number - 1))
+        args, kwargs = map_tensors(call, lambda tensor: tensor.to(self._device, copy=True))
+        return args, kwargs
+
+    def check_called_once(self, index: int) -> None:
+        """Refuse a block that stands for several layers.
 
         Raises:
-            RuntimeError: if the block stands for several layers, that is, is called more than once in a forward.
+            RuntimeError: if the model calls it more than once in a forward.
         """
-        for replay, blocks in zip(self._replays, self._blocks_of, strict=True):
-            calls = _CountCalls()
-            hook = blocks[index][1].register_forward_pre_hook(calls)
-            try:
-                replay.run(index, before_batch=calls.start)
-            finally:
-                hook.remove()
-            if calls.most > 1:
-                raise RuntimeError(
-                    f"The model calls '{blocks[index][0]}' {calls.most} times in one forward: layers that share their "
-                    f"weights cannot be reconstructed one by one; retrain the model with another method."
-                )
+        calls = _CountCalls()
+        name, block = self._blocks_of[0][index]
+        hook = block.register_forward_pre_hook(calls)
+        try:
+            self._replays[0].run(index, before_batch=calls.start)
+        finally:
+            hook.remove()
+        if calls.first > 1:
+            raise RuntimeError(
+                f"The model calls '{name}' {calls.first} times in one forward: layers that share their weights cannot "
+                f"be reconstructed one by one; retrain the model with another method."
+            )
 
     def advance(self, index: int, compare: Callable[[int, Tensor], None] | None = None, *, record: bool = True) -> None:
         """Run the block as it is now in the model that gives the inputs; what it returns is what the next ones get.
@@ -123,8 +138,10 @@ class Streams:
             if compare is not None:
                 compare(number, first_tensor(output))
 
-        if not record and compare is None:
+        if compare is None and not record:
             return
+        for known in self._known:
+            known.clear()
         hook = self._blocks_of[0][index][1].register_forward_hook(returned)
         try:
             self._replays[0].run(index, record=record, before_batch=started)
@@ -136,16 +153,34 @@ class Streams:
         for replay in self._replays[1:]:
             replay.run(index, record=True)
 
-    def _here(self, arguments: Arguments) -> Arguments:
-        args, kwargs = map_tensors(arguments, lambda tensor: tensor.to(self._device))
-        return args, kwargs
+
+def _is_plain(value: Any) -> bool:
+    """Whether nested values hold nothing that a call could change beside tensors, such as a cache of keys."""
+    if isinstance(value, (tuple, list)):
+        return all(map(_is_plain, value))
+    if isinstance(value, dict):
+        return all(map(_is_plain, value.values()))
+    return value is None or isinstance(value, (Tensor, int, float, str, torch.dtype, torch.device))
+
+
+def _shared(call: Arguments, other: Arguments | None) -> Arguments:
+    """A call with the tensors of the other one wherever they are equal to its own."""
+    earlier = iter([] if other is None else list(tensors_in(other)))
+
+    def choose(tensor: Tensor) -> Tensor:
+        one = next(earlier, None)
+        alike = one is not None and one.shape == tensor.shape and one.dtype == tensor.dtype
+        return one if one is not None and alike and torch.equal(one, tensor) else tensor
+
+    args, kwargs = map_tensors(call, choose)
+    return args, kwargs
 
 
 class _CountCalls:
     """Forward pre-hook of a block: counts its calls in the first batch, and stops the others."""
 
     def __init__(self) -> None:
-        self.most = 0
+        self.first = 0
         self._number = 0
 
     def start(self, number: int) -> None:
@@ -155,4 +190,4 @@ class _CountCalls:
     def __call__(self, block: nn.Module, args: tuple[Any, ...]) -> None:
         if self._number > 0:
             raise StopForward
-        self.most += 1
+        self.first += 1

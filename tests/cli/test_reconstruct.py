@@ -164,6 +164,7 @@ REFUSED: dict[str, tuple[dict[str, object], tuple[str, ...]]] = {
     "accumulation": (dict(gradient_accumulation_steps=2), ("--gradient_accumulation_steps 2",)),
     "weight decay": (dict(weight_decay=0.1), ("--weight_decay 0.1",)),
     "dtype": (dict(dtype="bfloat16"), ("--dtype bfloat16", "--bf16")),
+    "quantisation": (dict(quantization="4bit"), ("--quantization 4bit",)),
     "dropout": (dict(lora_dropout=0.1), ("--lora_dropout 0.1",)),
     "output": (dict(output_dir="dense", overwrite=True), ("dense", "also an input")),
     "joined": (dict(method="reconstruct+norms"), ("reconstruct", "joins with nothing")),

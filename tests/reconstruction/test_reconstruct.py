@@ -275,25 +275,45 @@ def test_activations_in_files_give_the_same(name: str, tmp_path: Any) -> None:
         assert (tmp_path / "new").is_dir() and not list((tmp_path / "new").iterdir())
 
 
-def test_autocast_trains_in_bfloat16_and_measures_in_the_dtype_of_the_model() -> None:
-    model, masks, dense = pair("llama")
-    exact = reconstruct(pair("llama")[0], masks, dense, calibration=texts(), **QUICK)
+def dtypes_of_products(model: nn.Module, masks: MaskSet, dense: nn.Module, **options: Any) -> set[tuple[bool, Any]]:
+    """Of all linear layers called: whether it was in training, and the dtype of the output."""
     dtypes = set()
-    hooks = nn.modules.module.register_module_forward_hook(
+    hook = nn.modules.module.register_module_forward_hook(
         lambda module, args, output: (
             dtypes.add((torch.is_grad_enabled(), output.dtype)) if isinstance(module, nn.Linear) else None
         )
     )
     try:
-        result = reconstruct(model, masks, dense, calibration=texts(), autocast=torch.bfloat16, **QUICK)
+        reconstruct(model, masks, dense, calibration=texts(), **options, **QUICK)
     finally:
-        hooks.remove()
-    assert dtypes == {(True, torch.bfloat16), (False, torch.float32)}
-    for row, other in zip(result.windows, exact.windows, strict=True):
-        assert row.loss_before == pytest.approx(other.loss_before, rel=0.05) and row.loss_after == pytest.approx(
-            other.loss_after, rel=0.05
-        )
+        hook.remove()
+    return dtypes
+
+
+@pytest.mark.parametrize(
+    ("stored", "autocast", "in_training"),
+    [
+        (torch.float32, None, torch.float32),
+        (torch.float32, True, torch.bfloat16),
+        (torch.bfloat16, None, torch.bfloat16),
+        (torch.bfloat16, False, torch.float32),
+        (torch.float16, None, torch.float32),
+    ],
+)
+def test_training_and_measuring_have_their_own_dtypes(stored: Any, autocast: bool | None, in_training: Any) -> None:
+    """Errors are measured as the model will run; training is in bfloat16 if the model is, or if it is asked for."""
+    model, masks, dense = pair("llama", dtype=stored)
+    assert dtypes_of_products(model, masks, dense, autocast=autocast) == {(True, in_training), (False, stored)}
     masks.verify(model)
+
+
+def test_autocast_comes_close_to_exact_training() -> None:
+    _, masks, dense = pair("llama")
+    exact = reconstruct(pair("llama")[0], masks, dense, calibration=texts(), **QUICK)
+    result = reconstruct(pair("llama")[0], masks, dense, calibration=texts(), autocast=True, **QUICK)
+    for row, other in zip(result.windows, exact.windows, strict=True):
+        assert row.loss_before == pytest.approx(other.loss_before, rel=0.05)
+        assert row.loss_after == pytest.approx(other.loss_after, rel=0.05) and row.loss_after != other.loss_after
 
 
 def test_models_are_as_they_were() -> None:
@@ -352,6 +372,22 @@ def test_layers_that_share_their_weights_are_refused_before_they_change() -> Non
     with pytest.raises(RuntimeError, match="3 times in one forward"):
         reconstruct(model, masks, dense, calibration=texts(), **QUICK)
     assert not changed(model, before)
+
+
+@pytest.mark.parametrize(
+    ("name", "train", "rate"),
+    [
+        ("llama", "full+norms", 0.4 / 32),
+        ("gpt2", "full", 0.4 / 32),
+        ("t5", "full", 0.4 / 32),
+        ("opt", "mask_lora", 5e-4),
+    ],
+)
+def test_learning_rates_by_default(name: str, train: str, rate: float) -> None:
+    """Kept weights: by the inputs of the narrowest matrix, which GPT-2 stores first."""
+    model, masks, dense = pair(name)
+    settings = dict(calibration=texts(), train=train, iterations=1, progress=False)
+    assert reconstruct(model, masks, dense, **settings).learning_rate == rate
 
 
 def test_result_as_plain_values() -> None:
