@@ -70,7 +70,6 @@ _FIXED: dict[str, tuple[Any, str]] = {
     "use_rslora": (False, "give the scale of an adapter by --lora_alpha"),
     "lora_dropout": (None, "it trains without dropout"),
     "break_symmetry": (False, "scale_lora starts as published"),
-    "quantization": (None, "one block of each model is in memory at a time"),
     "resume_from_checkpoint": (None, "it starts anew, and takes minutes"),
     "fp16": (False, "use --bf16"),
     "gradient_accumulation_steps": (1, "use --per_device_train_batch_size"),
