@@ -7,6 +7,7 @@ import of torch. Exit codes: 0 done, 1 a verification failed, 2 an error the use
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import sys
 import warnings
@@ -78,6 +79,8 @@ def _run(verb: str, rest: list[str]) -> int:
         # Threads that spin while they wait cost a factor of twenty when another program shares the cores; threads that
         # sleep cost next to nothing. OpenMP reads this once, when torch is loaded.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # peft imports bitsandbytes where it is installed, which then warns of an optional kernel, whatever it is used for
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries, to their programmers
