@@ -58,10 +58,11 @@ def prepare(config: MaskedLoraConfig, model: nn.Module, layer_for: LayerFor) -> 
         _check_rank(config, f"{module}.weight", parts.shape(f"{module}.weight"))
     masks = _only(masks, names)
     _check_biases(config, names, dense, parts)
-    verify_zeros(masks, model)
     if any(len(masks.shape(name)) == 3 for name in names) and config.lora_dropout:
         raise ValueError("lora_dropout does not work on fused experts; set it to 0, or exclude the experts.")
+    # first whether a saved adapter's masks and base are these: zeros that are missing would only be a symptom
     config.record(masks, bits_digest(masks), base_digest(masks, model, dense))
+    verify_zeros(masks, model)
     _set_targets(config, masks, names, dense)
 
 

@@ -87,6 +87,9 @@ class PerplexityResult:
     def __str__(self) -> str:
         return f"perplexity {self.perplexity:.4g}: {self.protocol}"
 
+    def __float__(self) -> float:
+        return self.perplexity
+
     def to_dict(self, **extra: Any) -> dict[str, Any]:
         """Plain values, as stored in `sparse_ft.json` and `report.json`; `extra` adds keys such as `label="dense"`."""
         return {

@@ -25,7 +25,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, SupportsFloat
 
 from torch import nn
 
@@ -98,7 +98,7 @@ def prune_retrain(
     method: str = "magnitude",
     calibration: Iterable[Any] | None = None,
     inside: MaskSet | None = None,
-    measure: Callable[[nn.Module], float] | None = None,
+    measure: Callable[[nn.Module], SupportsFloat] | None = None,
     **options: Any,
 ) -> PruneRetrainResult:
     """Prune and retrain in turns, each time sparser, the zeros of every cycle kept in all that follow.
@@ -113,7 +113,8 @@ def prune_retrain(
         method: as in `prune`, for all cycles.
         calibration: as in `prune`; run through the model again in each cycle.
         inside: masks of a model that is sparse already; the first cycle goes on from them.
-        measure: called after each pruning and each retraining, for the table: a perplexity, for example.
+        measure: called after each pruning and each retraining, for the table; what it returns is made a float, as the
+            result of `perplexity` can be.
         **options: further arguments of `prune`: `exclude`, `allocation`, `seed`, …
 
     Returns:
@@ -141,7 +142,7 @@ def prune_retrain(
             **options,
         )
         pruned_at = time.perf_counter()
-        pruned = None if measure is None else measure(model)
+        pruned = None if measure is None else float(measure(model))
         retrain_at = time.perf_counter()
         model = _merged(retrain(model, masks, cycle) or model)
         _check_plain(model, plain, cycle)
@@ -150,7 +151,7 @@ def prune_retrain(
             parameter.requires_grad_(trainable[name])
         model.train(training)
         seconds = (pruned_at - started, time.perf_counter() - retrain_at)
-        retrained = None if measure is None else measure(model)
+        retrained = None if measure is None else float(measure(model))
         removed = _removed(masks) - (0 if older is None else _removed(older))
         cycles.append(Cycle(cycle, str(pattern), masks.sparsity(), removed, pruned, retrained, *seconds))
     assert masks is not None

@@ -106,8 +106,17 @@ def test_on_a_model_of_another_size_it_does_not_load(mask_lora: Saved) -> None:
 def test_on_a_dense_model_it_does_not_load(saved: Saved) -> None:
     from tiny_models import TINY
 
-    with pytest.raises(RuntimeError, match="pruned weights in 14 tensors are not zero"):
+    with pytest.raises(ValueError, match=r"was trained on base weights .* but this model has .*; load the base"):
         PeftModel.from_pretrained(TINY["llama"](), saved.adapter)
+
+
+def test_masks_of_a_denser_model_are_called_other_masks_not_revived_weights(saved: Saved) -> None:
+    name = next(iter(saved.masks))
+    pruned = saved.masks[name].clone()
+    pruned.view(-1)[pruned.view(-1).nonzero()[0]] = False  # the base is not zero there
+    MaskSet({**saved.masks, name: pruned}).save(saved.adapter)
+    with pytest.raises(ValueError, match=r"was trained with masks .* but these are .*; give the"):
+        by_peft_model(saved, saved.adapter)
 
 
 def test_damaged_masks_do_not_load(mask_lora: Saved) -> None:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, Trainer
 
 import sparse_ft
 from sparse_ft.adapters import merge_perp, prepare_perp
+from sparse_ft.evaluation import PerplexityResult, perplexity
 from sparse_ft.masks import MaskSet
 from sparse_ft.models import find_targets, named_weights
 from sparse_ft.pruning import prune, prune_retrain
@@ -113,6 +114,21 @@ def test_the_table_says_what_was_measured(make_trainer: MakeTrainer) -> None:
     head, *lines = result.table().splitlines()
     assert head.split() == ["cycle", "pattern", "sparsity", "removed", "pruned", "retrained", "s"]
     assert len(lines) == 2 and "90.00%" in lines[1] and f"{result.cycles[1].retrained:.4g}" in lines[1]
+
+
+def test_a_perplexity_can_be_measured_and_what_is_no_number_is_refused_at_once() -> None:
+    ids = tiny_batch(TINY["llama"](), batch=1, length=48)["input_ids"].view(-1)
+
+    def measure(model: nn.Module) -> PerplexityResult:
+        return perplexity(model, ids, sequence_length=16, progress=False)
+
+    def untouched(model: nn.Module, masks: MaskSet, cycle: int) -> None:
+        pass
+
+    result = prune_retrain(TINY["llama"](), sparsities=[0.5], retrain=untouched, measure=measure, progress=False)
+    assert result.cycles[0].retrained == measure(result.model).perplexity and result.table()
+    with pytest.raises(TypeError):
+        prune_retrain(TINY["llama"](), sparsities=[0.5], retrain=None, measure=lambda model: {}, progress=False)
 
 
 def test_a_sparse_model_is_pruned_further(make_trainer: MakeTrainer) -> None:
