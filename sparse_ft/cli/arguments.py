@@ -6,7 +6,7 @@ names and meanings they have there. Values are checked by the library functions 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -206,6 +206,7 @@ def parse(
     defaults: dict[str, Any] | None = None,
     required: Sequence[str] = (),
     overrules: dict[str, str] | None = None,
+    check: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> tuple[Any, ...]:
     """Fill `groups` from the words after the verb.
 
@@ -217,13 +218,14 @@ def parse(
         defaults: Replaces defaults of dataclasses that are not ours.
         required: Options of such dataclasses that must be given.
         overrules: Options of such dataclasses that stand in for another one, as `ConfigParser.change`.
+        check: Sees the values by option before the dataclasses are made, and may raise.
 
     Raises:
         ValueError: As `ConfigParser.parse`.
     """
     parser = ConfigParser(groups, prog=f"sparse-ft {verb}", description=description)
     parser.change(defaults or {}, required, overrules)
-    return parser.parse(argv)
+    return parser.parse(argv, check)
 
 
 def first_word_is_model(argv: Sequence[str]) -> list[str]:

@@ -16,7 +16,7 @@ import dataclasses
 import difflib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 
@@ -135,8 +135,10 @@ class ConfigParser(TrlParser):
         for action in self._actions:
             action.required = action.required or action.dest in required
 
-    def parse(self, argv: Sequence[str]) -> tuple[Any, ...]:
+    def parse(self, argv: Sequence[str], check: Callable[[Mapping[str, Any]], None] | None = None) -> tuple[Any, ...]:
         """Dataclasses in the order given at construction, filled from defaults, then the recipe, then `argv`.
+
+        `check` sees the values by option before a dataclass is made of them, which may complain in its own words.
 
         Raises:
             ValueError: Unknown or missing option, value of the wrong type, unreadable recipe.
@@ -151,6 +153,8 @@ class ConfigParser(TrlParser):
         if unknown:
             self._unknown(unknown[0])
         values = vars(namespace)
+        if check is not None:
+            check(values)
         return tuple(
             dtype(**{field.name: values[field.name] for field in dataclasses.fields(dtype) if field.init})
             for dtype in self.dataclass_types

@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from sparse_ft.checkpoints import CheckpointReader, Record, make_record, versions, write_sidecars
 from sparse_ft.cli.main import VerificationError
@@ -33,11 +34,12 @@ from sparse_ft.evaluation import (
     write_report,
 )
 from sparse_ft.masks import MaskSet
-from sparse_ft.models import load_model, named_weights
+from sparse_ft.models import canonical_name, load_model, named_weights
 
 __all__ = [
     "TITLES",
     "Outcome",
+    "check_finite",
     "command_line",
     "notes_for",
     "plain_arguments",
@@ -97,6 +99,26 @@ def thinned(entries: Sequence[Mapping[str, Any]], most: int = 1000) -> list[Mapp
     every = max(1, math.ceil(len(losses) / most))
     dropped = {i for place, i in enumerate(reversed(losses)) if place % every}
     return [entry for i, entry in enumerate(entries) if i not in dropped]
+
+
+def check_finite(model: nn.Module) -> None:
+    """Refuse a trained model that is not made of numbers; a mask alone would not tell.
+
+    Args:
+        model: the model, or the adapter on it; its floating point parameters and stored buffers are looked at.
+
+    Raises:
+        RuntimeError: with the number of tensors that hold NaN or infinity, and the first.
+    """
+    stored = model.state_dict().keys()
+    tensors = [*model.named_parameters(), *(pair for pair in model.named_buffers() if pair[0] in stored)]
+    floating = {name: tensor for name, tensor in tensors if tensor.is_floating_point()}
+    broken = [name for name, tensor in floating.items() if not bool(torch.isfinite(tensor).all())]
+    if broken:
+        raise RuntimeError(
+            f"Training diverged: {len(broken)} of {len(floating)} tensors are not finite, the first "
+            f"'{canonical_name(broken[0])}'; lower --learning_rate."
+        )
 
 
 def publish(directory: Path, masks: MaskSet, outcome: Outcome) -> Record:

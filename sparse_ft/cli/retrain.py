@@ -58,8 +58,16 @@ from sparse_ft.cli.arguments import (
 )
 from sparse_ft.cli.measuring import EvalText, choose_dtype, choose_eval_text, choose_length, measure
 from sparse_ft.cli.opening import is_causal, open_source
-from sparse_ft.cli.publishing import Outcome, plain_arguments, print_outcome, publish, written_weights
+from sparse_ft.cli.publishing import (
+    Outcome,
+    check_finite,
+    plain_arguments,
+    print_outcome,
+    publish,
+    written_weights,
+)
 from sparse_ft.cli.reconstruct import ReconstructArguments, check_unused
+from sparse_ft.cli.retrain_limits import check_training_values
 from sparse_ft.cli.retrain_methods import Method, check_settings, choose_method, print_trainable
 from sparse_ft.cli.retrain_quantised import check_quantization, load_quantised
 from sparse_ft.cli.retrain_run import bare_resume_flag, decisive_settings, open_run, run_dir_of, run_identity
@@ -116,6 +124,7 @@ def run(argv: Sequence[str]) -> int:
         defaults=defaults,
         required=["output_dir"],
         overrules=RETRAIN_OVERRULES,
+        check=check_training_values,
     )
     if how.method == reconstruct.METHOD:
         if training.world_size > 1:
@@ -292,8 +301,10 @@ def _finish(job: Job, trained: nn.Module, outcome: Outcome) -> None:
         directory = stack.enter_context(atomic_directory(job.output_dir, overwrite=how.overwrite))
         if how.save_adapter is not None:
             adapter = stack.enter_context(atomic_directory(how.save_adapter, overwrite=how.overwrite))
+            check_finite(trained)
             _write_adapter(job, trained, outcome, adapter)
         model = _merged(job, trained).to(job.sparse.dtype).eval()
+        check_finite(model)
         outcome.evaluations = [*outcome.evaluations, *job.measure(model, "retrained", "retrained")]
         model.save_pretrained(directory)
         for name in ("config.json", "generation_config.json"):

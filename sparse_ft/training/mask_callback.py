@@ -34,6 +34,7 @@ the first step finds.
 
 from __future__ import annotations
 
+import math
 import warnings
 import weakref
 from functools import partial
@@ -130,7 +131,8 @@ class MaskCallback(TrainerCallback):
     Raises (from `trainer.train()`):
         ValueError: before the first step, if a mask's tensor is absent or of another shape, masks is None and the model
             is dense, nothing is trainable, the processes have different masks, or the model is sharded among them.
-        RuntimeError: if a pruned weight is not zero, or trainable parameters of a block get no gradient.
+        RuntimeError: if a pruned weight is not zero, trainable parameters of a block get no gradient, or training has
+            diverged: weights or, at a log, the gradient are not finite. Loss scaling of fp16 skips such a gradient.
     """
 
     def __init__(self, masks: MaskSet | None = None) -> None:
@@ -212,7 +214,8 @@ class MaskCallback(TrainerCallback):
         wait_for_everyone()
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Add the last measurement to the entry just logged."""
+        """Add the last measurement to the entry just logged; RuntimeError if that says the gradient is NaN."""
+        _check_gradient_norm(args, state, kwargs)
         if self._measured is None:
             return
         values = {"sparsity/total": self._measured.total, "sparsity/kept_zero": self._measured.kept_zero}
@@ -236,10 +239,16 @@ class MaskCallback(TrainerCallback):
         return self.masks
 
     def _check(self, model: nn.Module, when: str, fix: str = _FIX) -> _Sparsity:
-        """Measure the sparsity; RuntimeError if a pruned weight is not zero, ValueError if a tensor does not fit."""
+        """Measure the sparsity.
+
+        Raises:
+            RuntimeError: if a weight is not finite or a pruned one not zero.
+            ValueError: if a tensor does not fit.
+        """
         masks = self._known_masks()
         surprises = masks.surprises(model)
         revived = {name: s.pruned_nonzero for name, s in surprises.items() if s.pruned_nonzero}
+        _check_finite(model, set(revived), when)
         if revived:
             name = next(iter(revived))
             raise RuntimeError(
@@ -249,6 +258,33 @@ class MaskCallback(TrainerCallback):
         kept_zero = sum(s.kept_zero for s in surprises.values())
         total = sum(total for _, total in masks.counts().values())
         return _Sparsity(masks.sparsity() + kept_zero / total, kept_zero)
+
+
+def _check_finite(model: nn.Module, suspects: set[str], when: str) -> None:
+    """NaN is not zero either, but the mask is not to blame: look at what trains and at tensors that seem revived."""
+    broken = [
+        canonical_name(name)
+        for name, parameter in model.named_parameters()
+        if parameter.is_floating_point()
+        and (parameter.requires_grad or canonical_name(name) in suspects)
+        and not bool(torch.isfinite(parameter).all())
+    ]
+    if broken:
+        raise RuntimeError(
+            f"Training diverged: the weights of {len(broken)} tensors are not finite, the first '{broken[0]}', {when}; "
+            f"lower the learning rate, or repair the model if it came like this."
+        )
+
+
+def _check_gradient_norm(args: TrainingArguments, state: TrainerState, event: dict[str, Any]) -> None:
+    """A gradient that is NaN ends in the weights, unless the scaler of fp16 has left its step out."""
+    norm = (event.get("logs") or {}).get("grad_norm")
+    scaled = args.fp16 or getattr(event.get("optimizer"), "scaler", None) is not None
+    if norm is not None and math.isnan(norm) and not scaled:
+        raise RuntimeError(
+            f"Training diverged: the gradient is not finite at step {state.global_step}; lower the learning rate, or "
+            f"look for examples without a label."
+        )
 
 
 def _remove_all(handles: list[RemovableHandle]) -> None:

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from cli.refusals import DAMAGE, QUERY, Command, change_weights, prune_words, refused, retrain_words
+from cli.workspace import tree
 from safetensors.torch import load_file
+from transformers import Trainer
 
 from sparse_ft.checkpoints import make_record, write_sidecars
 from sparse_ft.masks import MaskSet
@@ -141,3 +143,141 @@ def test_adapter_in_the_output_directory(where: str, place: Path, command: Comma
 
 def test_unknown_reporter(place: Path, command: Command) -> None:
     refused(command, place, *retrain_words(place, report_to="tensorbord"), naming=("tensorbord", "tensorboard"))
+
+
+UNTRAINABLE = [
+    *[(option, value) for option in ("weight_decay", "max_grad_norm") for value in ("nan", "inf", "-1")],
+    *[(option, "nan") for option in ("warmup_steps", "adam_epsilon", "num_train_epochs", "logging_steps")],
+    ("warmup_steps", "-1"),
+    ("num_train_epochs", "inf"),
+    ("adam_beta1", "2"),
+    ("adam_beta2", "1"),
+    ("gradient_accumulation_steps", "0"),
+    ("per_device_train_batch_size", "0"),
+    ("seed", "-1"),
+    ("data_seed", str(2**32)),
+]
+
+
+@pytest.mark.parametrize(("option", "value"), UNTRAINABLE)
+def test_a_setting_that_cannot_train(option: str, value: str, place: Path, command: Command) -> None:
+    """Told before the model is looked for; it is not there."""
+    shutil.rmtree(place / "sparse")
+    words = retrain_words(place, method="full", **{option: value})
+    refused(command, place, *words, naming=(f"--{option} {value}", "cannot train; give"))
+
+
+@pytest.mark.parametrize("option", ["seed", "num_train_epochs"])
+def test_reconstruction_has_the_same_limits(option: str, place: Path, command: Command) -> None:
+    words = retrain_words(place, method="reconstruct", **{option: "-1" if option == "seed" else "inf"})
+    refused(command, place, *words, naming=(f"--{option}", "cannot train"))
+
+
+@pytest.mark.parametrize(("option", "value"), [("deepspeed", "x.json"), ("fsdp", "full_shard")])
+def test_sharding_is_refused_before_its_library_is_asked(
+    option: str, value: str, place: Path, command: Command
+) -> None:
+    words = retrain_words(place, **{option: value})
+    refused(command, place, *words, naming=(f"--{option}", "shards the model", "launch/ddp.yaml"))
+
+
+@pytest.mark.parametrize("method", ["full", "mask_lora", "norms"])
+def test_a_run_that_diverged_is_not_kept(method: str, place: Path, command: Command) -> None:
+    options = {"learning_rate": "1e30", "max_steps": 4, "warmup_steps": 0, "save_strategy": "no", "eval": "false"}
+    if method == "mask_lora":
+        options["save_adapter"] = place / "adapter"
+    words = retrain_words(place, method=method, **options)
+    refused(command, place, *words, naming=("Training diverged", "not finite", "lower"))
+
+
+@pytest.mark.parametrize("save_adapter", [True, False])
+def test_what_is_written_is_looked_at_itself(
+    save_adapter: bool, place: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No callback has looked, as under --quantization; the weights are NaN when the training is over."""
+    train = Trainer.train
+
+    def spoilt(self: Trainer, *args: object, **kwargs: object) -> object:
+        result = train(self, *args, **kwargs)
+        for parameter in self.model.parameters():
+            parameter.detach().fill_(float("nan") if parameter.requires_grad else 0.0)
+        return result
+
+    monkeypatch.setattr(Trainer, "train", spoilt)
+    options = {"save_adapter": place / "adapter"} if save_adapter else {}
+    words = retrain_words(place, eval="false", save_strategy="no", **options)
+    refused(command, place, *words, naming=("Training diverged", "tensors are not finite", "lower --learning_rate"))
+
+
+def revive(directory: Path) -> None:
+    """One pruned weight comes back as 1.0."""
+    where = (~MaskSet.load(directory)[QUERY]).flatten().nonzero()[5]
+    change_weights(directory, lambda tensors: tensors[QUERY].view(-1)[where].fill_(1.0))
+
+
+def no_measuring(*args: object, **options: object) -> None:
+    raise AssertionError("something was measured")
+
+
+READERS = {
+    "eval": [],
+    "eval --no_record": ["--no_record"],
+    "report": [],
+    "retrain": [],
+    "retrain --method reconstruct": ["--method", "reconstruct", "--samples", 2],
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_a_pruned_weight_that_came_back(
+    reader: str, place: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exit code 1, before anything is measured, and not the sentence about another model's weights."""
+    for room in ("eval", "measuring"):
+        monkeypatch.setattr(f"sparse_ft.cli.{room}.perplexity", no_measuring)
+    revive(place / "sparse")
+    before = tree(place)
+    result = command(*reading_words(reader.split()[0], place), *READERS[reader])
+    assert result.code == 1, result.err
+    assert "1 pruned weights of" in result.complaint and QUERY in result.complaint
+    assert "digest" not in result.complaint and "perplexity" not in result.out and tree(place) == before
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_other_weights_with_the_same_zeros(
+    reader: str, place: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for room in ("eval", "measuring"):
+        monkeypatch.setattr(f"sparse_ft.cli.{room}.perplexity", no_measuring)
+    change_weights(place / "sparse", lambda tensors: tensors[QUERY].mul_(2))
+    words = [*reading_words(reader.split()[0], place), *READERS[reader]]
+    refused(command, place, *words, naming=("weights with digest",))
+
+
+@pytest.mark.parametrize("samples", [113, 1_000_000])
+def test_more_samples_than_the_text_has_sequences(samples: int, place: Path, command: Command) -> None:
+    """3600 tokens are 112 sequences of 32."""
+    options = dict(method="wanda", dataset=place / "text", sequence_length=32, samples=samples)
+    naming = ("--dataset", "112 sequences of 32 tokens", str(samples), "--samples", "--sequence_length")
+    refused(command, place, *prune_words(place, **options), naming=naming)
+
+
+def test_zeros_that_are_forgotten_are_told(place: Path, command: Command) -> None:
+    """Of the 50% zeros at 2:4, those beyond 30% are kept now, and all that magnitude removes were zero before."""
+    sparse, options = place / "sparse", dict(model_name_or_path=place / "sparse")
+    result = command(*prune_words(place, sparsity=0.3, **options))
+    assert result.code == 0, result.err
+    assert not MaskSet.load(place / "out") <= MaskSet.load(sparse)
+    (line,) = [line for line in result.out.splitlines() if line.startswith("warning: ")]
+    for part in ("50.00% zeros", "of which 40.0", f"inside=sparse_ft.MaskSet.load('{sparse}')"):
+        assert part in line, line
+    for name in ("sparse_masks.safetensors", "sparse_ft.json"):
+        (sparse / name).unlink()
+    again = command(*prune_words(place, sparsity=0.3, overwrite=True, **options))
+    assert "50.00% zeros" in again.out and "MaskSet.from_zeros(model)" in again.out
+
+
+@pytest.mark.parametrize(("model", "sparsity"), [("sparse", 0.7), ("dense", 0.3)])
+def test_no_warning_where_no_zero_is_forgotten(model: str, sparsity: float, place: Path, command: Command) -> None:
+    result = command(*prune_words(place, model_name_or_path=place / model, sparsity=sparsity))
+    assert result.code == 0 and "warning" not in result.out

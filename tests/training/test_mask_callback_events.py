@@ -85,3 +85,60 @@ def test_the_logged_sparsity_counts_kept_weights_that_are_zero(
     for entry in trainer.state.log_history:
         assert entry["sparsity/kept_zero"] == int(masks[name].sum()) > 0
         assert entry["sparsity/total"] == pytest.approx(zeros / sum(mask.numel() for mask in masks.values()), abs=1e-9)
+
+
+class Spoiler(TrainerCallback):
+    """Puts NaN into a kept weight, into every weight, or into a gradient, at step 2."""
+
+    def __init__(self, masks: MaskSet, what: str) -> None:
+        self.name, self.what = next(iter(masks)), what
+        self.place = tuple(masks[self.name].nonzero()[0])
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: PreTrainedModel, **kwargs: Any) -> None:
+        weight = named_weights(model)[self.name]
+        if self.what == "gradient" and state.global_step == 1:
+            weight.register_hook(lambda gradient: gradient * float("nan"))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: PreTrainedModel, **kwargs: Any) -> None:
+        weight = named_weights(model)[self.name].detach()
+        if self.what != "gradient" and state.global_step == 2:
+            weight[self.place if self.what == "kept weight" else ...] = float("nan")
+
+
+@pytest.mark.parametrize("what", ["kept weight", "whole tensor"])
+def test_weights_that_are_no_numbers_are_not_called_revived(
+    what: str, sparse_model: SparseModel, make_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    """Nor are they saved."""
+    model, masks = sparse_model()
+    arguments: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+    message = rf"1 tensors are not finite, the first '{next(iter(masks))}', after step 2; lower the learning rate"
+    with pytest.raises(RuntimeError, match=message):
+        make_trainer(model, [Spoiler(masks, what), MaskCallback(masks)], **arguments).train()
+    assert not (tmp_path / "run" / "checkpoint-2").exists()
+
+
+def test_frozen_weights_that_are_no_numbers(sparse_model: SparseModel, make_trainer: MakeTrainer) -> None:
+    model, masks = sparse_model()
+    named_weights(model)[next(iter(masks))].requires_grad_(False).fill_(float("nan"))
+    with pytest.raises(RuntimeError, match=r"1 tensors are not finite.*when training begins.*repair the model"):
+        make_trainer(model, [MaskCallback(masks)]).train()
+
+
+def test_a_gradient_that_is_no_number_stops_at_the_log(sparse_model: SparseModel, make_trainer: MakeTrainer) -> None:
+    model, masks = sparse_model()
+    trainer = make_trainer(model, [Spoiler(masks, "gradient"), MaskCallback(masks)], logging_steps=1)
+    with pytest.raises(RuntimeError, match="the gradient is not finite at step 2; lower the learning rate"):
+        trainer.train()
+
+
+def test_a_scaler_may_see_such_a_gradient(sparse_model: SparseModel, make_trainer: MakeTrainer) -> None:
+    """It leaves the step out and lowers its scale."""
+    model, masks = sparse_model()
+    trainer, callback = make_trainer(model), MaskCallback(masks)
+    logs = {"grad_norm": float("nan")}
+    trainer.args.fp16 = True
+    callback.on_log(trainer.args, trainer.state, trainer.control, logs=logs)
+    trainer.args.fp16 = False
+    with pytest.raises(RuntimeError, match="the gradient is not finite"):
+        callback.on_log(trainer.args, trainer.state, trainer.control, logs=logs)
