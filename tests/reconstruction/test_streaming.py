@@ -122,7 +122,7 @@ def most_weights_in_memory(layers: int, place: Path, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("stream", ["sparse", "dense", "sparse_to_dense"])
 def test_memory_does_not_grow_with_depth(stream: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shallow = most_weights_in_memory(2, tmp_path / "2", monkeypatch, stream)
+    shallow = most_weights_in_memory(3, tmp_path / "3", monkeypatch, stream)  # with a block between first and last
     deep = most_weights_in_memory(7, tmp_path / "7", monkeypatch, stream)
     block = 4 * 32 * 32 + 3 * 32 * 48 + 2 * 32
     embedding_and_final_norm = (96 * 32 + 32) * (2 if stream == "sparse_to_dense" else 1)
