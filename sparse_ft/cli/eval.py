@@ -26,8 +26,8 @@ from sparse_ft.checkpoints.resolve import member
 from sparse_ft.cli.arguments import EvalArguments, ModelArguments, TextArguments, first_word_is_model, parse
 from sparse_ft.cli.measuring import choose_device, choose_dtype, choose_length, find_split, load_checked
 from sparse_ft.cli.opening import open_source
-from sparse_ft.cli.publishing import command_line, plain_arguments, print_tasks
-from sparse_ft.cli.refreshing import add_evaluations, is_sparse_checkpoint
+from sparse_ft.cli.publishing import command_line, plain_arguments, print_tasks, written_weights
+from sparse_ft.cli.refreshing import add_evaluations, check_stored, is_sparse_checkpoint
 from sparse_ft.data import tokenize
 from sparse_ft.evaluation import REPORT_HTML, ReportData, load_tasks, perplexity, write_report, zero_shot
 from sparse_ft.evaluation.tasks import check_numbers
@@ -64,9 +64,13 @@ def run(argv: Sequence[str]) -> int:
     with open_subject(model) as subject:
         if how.merge and subject.adapter is None:
             raise ValueError(f"'{subject.base}' is a model, not an adapter; leave out --merge.")
-        recorded = target is None and how.record and subject.adapter is None and is_sparse_checkpoint(subject.base)
+        ours = subject.adapter is None and is_sparse_checkpoint(subject.base)
+        recorded = target is None and how.record and ours
         if recorded:
-            _check_recordable(subject.base)
+            _check_writable(subject.base)
+        if ours:
+            masks, record = read_sidecars(subject.base)
+            check_stored(subject.base, masks, record, written_weights(subject.base, masks))
         entries = _measure(subject, text, tasks, how, device)
         command = command_line("eval", argv)
         if target is not None:
@@ -76,11 +80,10 @@ def run(argv: Sequence[str]) -> int:
     return 0
 
 
-def _check_recordable(directory: Path) -> None:
-    """Refuse before the work what `add_evaluations` would refuse after it, but for changed weights."""
+def _check_writable(directory: Path) -> None:
+    """Refuse before the work a directory that the result cannot be written into."""
     if not os.access(directory, os.W_OK | os.X_OK):
         raise RuntimeError(f"No permission to write the result into '{directory}'; add --no_record to only print it.")
-    read_sidecars(directory)
 
 
 def _measure(

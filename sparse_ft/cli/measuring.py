@@ -13,7 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from sparse_ft.checkpoints import CheckpointReader
 from sparse_ft.cli.arguments import EvaluationArguments, TextArguments, check_choice
 from sparse_ft.cli.opening import is_causal
-from sparse_ft.data import load_text, tokenize
+from sparse_ft.data import TooFewSequencesError, calibration_batches, load_text, tokenize
 from sparse_ft.evaluation import perplexity
 from sparse_ft.models import load_model
 from sparse_ft.pruning.validation import is_finite
@@ -24,6 +24,7 @@ __all__ = [
     "choose_dtype",
     "choose_eval_text",
     "choose_length",
+    "draw_calibration",
     "find_split",
     "load_checked",
     "measure",
@@ -151,6 +152,34 @@ def choose_eval_text(
 
 def _not_evaluated(reason: str) -> None:
     print(f"Not evaluated: {reason}.")
+
+
+def draw_calibration(
+    text: TextArguments, tokenizer: PreTrainedTokenizerBase, *, samples: int, length: int, seed: int, split: str
+) -> list[dict[str, Any]]:
+    """`calibration_batches` of `--dataset`, which must have been given.
+
+    Raises:
+        FileNotFoundError: There is no such dataset or split.
+        ValueError: The text is empty, binary, or has fewer sequences than samples are asked for.
+    """
+    assert text.dataset is not None
+    try:
+        return calibration_batches(
+            text.dataset,
+            tokenizer,
+            samples=samples,
+            sequence_length=length,
+            seed=seed,
+            split=split,
+            config=text.dataset_config,
+            text_field=text.text_field,
+        )
+    except TooFewSequencesError as error:
+        raise ValueError(
+            f"--dataset '{text.dataset}' has text for {error.found} sequences of {length} tokens but {samples} samples "
+            f"are asked for; lower --samples or --sequence_length."
+        ) from None
 
 
 def measure(

@@ -27,7 +27,6 @@ from sparse_ft.checkpoints import (
     Record,
     atomic_directory,
     check_output_dir,
-    check_weights,
     copy_side_files,
     read_sidecars,
 )
@@ -40,16 +39,16 @@ from sparse_ft.cli.arguments import (
     option,
     parse,
 )
-from sparse_ft.cli.measuring import EvalText, choose_eval_text, choose_length, load_checked, measure
+from sparse_ft.cli.measuring import EvalText, choose_eval_text, choose_length, draw_calibration, load_checked, measure
 from sparse_ft.cli.opening import open_source
 from sparse_ft.cli.publishing import Outcome, plain_arguments, print_outcome, publish, written_weights
-from sparse_ft.cli.refreshing import is_sparse_checkpoint
+from sparse_ft.cli.refreshing import check_stored, is_sparse_checkpoint
 from sparse_ft.cli.retrain_source import load_sparse_model
-from sparse_ft.data import calibration_batches
 from sparse_ft.masks import MaskSet
 from sparse_ft.models import load_config, load_tokenizer
 from sparse_ft.reconstruction import ReconstructionResult, reconstruct_checkpoint
 from sparse_ft.reconstruction.settings import check_settings
+from sparse_ft.reconstruction.trained import parse_training
 
 __all__ = ["METHOD", "ReconstructArguments", "check_unused", "run"]
 
@@ -187,6 +186,11 @@ def _check(groups: Sequence[Any]) -> Path:
     if windows.samples < 1:
         raise ValueError(f"--samples {windows.samples} leaves no calibration data; 128 are usual.")
     check_settings(**_options(how, windows, training), progress=True)
+    if how.r is not None and parse_training(windows.reconstruct_with).weights in (None, "full"):
+        raise ValueError(
+            f"Method {METHOD!r} does not use --r with --reconstruct_with {windows.reconstruct_with}, which has no "
+            f"adapter; leave it out, of the recipe too."
+        )
     if text.dataset is None:
         raise ValueError(f"Method {METHOD!r} looks at the model's activations; name a text with --dataset.")
     return check_output_dir(training.output_dir, inputs=[names.model_name_or_path], overwrite=how.overwrite)
@@ -218,7 +222,7 @@ def _read_masks(source: Path) -> tuple[MaskSet, Record | None]:
     if not is_sparse_checkpoint(source):
         return load_sparse_model(source).masks, None
     masks, record = read_sidecars(source)
-    check_weights(masks, record, written_weights(source, masks))
+    check_stored(source, masks, record, written_weights(source, masks))
     return masks, record
 
 
@@ -248,15 +252,8 @@ def _read_job(groups: Sequence[Any], output_dir: Path, source: Path, masks: Mask
     names, text, how, windows, evaluation, training = groups
     config, tokenizer = load_config(source), load_tokenizer(source)
     length = choose_length(text.sequence_length, config, tokenizer)
-    batches = calibration_batches(
-        text.dataset,
-        tokenizer,
-        samples=windows.samples,
-        sequence_length=length,
-        seed=training.seed,
-        split=how.train_split,
-        config=text.dataset_config,
-        text_field=text.text_field,
+    batches = draw_calibration(
+        text, tokenizer, samples=windows.samples, length=length, seed=training.seed, split=how.train_split
     )
     eval_text = choose_eval_text(evaluation, text, tokenizer, config)
     return _Job(

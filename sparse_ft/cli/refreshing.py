@@ -8,17 +8,38 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor, nn
+
 from sparse_ft.checkpoints import RECORD_FILE, Record, atomic_write, check_weights, read_sidecars
+from sparse_ft.cli.main import VerificationError
 from sparse_ft.cli.publishing import TITLES, written_weights
 from sparse_ft.evaluation import REPORT_JSON, ReportData, SparsityRow, mask_sample, sparsity_table, write_report
 from sparse_ft.masks import MASKS_FILE, MaskSet
 
-__all__ = ["add_evaluations", "is_sparse_checkpoint", "refresh_report"]
+__all__ = ["add_evaluations", "check_stored", "is_sparse_checkpoint", "refresh_report"]
 
 
 def is_sparse_checkpoint(directory: Path) -> bool:
     """Whether a model directory carries a record or masks of ours."""
     return (directory / RECORD_FILE).exists() or (directory / MASKS_FILE).exists()
+
+
+def check_stored(directory: Path, masks: MaskSet, record: Record, weights: nn.Module | Mapping[str, Tensor]) -> None:
+    """Check the weights of a sparse checkpoint: first its zeros, then that they are the ones the record names.
+
+    Raises:
+        VerificationError: if a pruned weight is not zero.
+        ValueError: if every pruned weight is zero but the values have another digest, or a masked tensor is absent or
+            has another shape.
+    """
+    revived = masks.revived(weights)
+    if revived:
+        first = next(iter(revived))
+        raise VerificationError(
+            f"{sum(revived.values())} pruned weights of '{directory}' are not zero, {revived[first]} of them in "
+            f"'{first}'; copy the weights again from where they were written, or prune again."
+        )
+    check_weights(masks, record, weights)
 
 
 def add_evaluations(directory: Path, entries: Sequence[Mapping[str, Any]]) -> Path:
@@ -28,6 +49,7 @@ def add_evaluations(directory: Path, entries: Sequence[Mapping[str, Any]]) -> Pa
     and protocol is replaced.
 
     Raises:
+        VerificationError: if a pruned weight is not zero.
         ValueError: if the weights, masks and record of the directory do not belong together.
     """
     masks, record = read_sidecars(directory)
@@ -48,10 +70,11 @@ def refresh_report(directory: Path, masks: MaskSet, record: Record) -> tuple[Pat
         Path of the page, and the counts.
 
     Raises:
+        VerificationError: if a pruned weight is not zero.
         ValueError: if the weights are not the ones the record was written with.
     """
     weights = written_weights(directory, masks)
-    check_weights(masks, record, weights)
+    check_stored(directory, masks, record, weights)
     old = _old_numbers(directory)
     rows = sparsity_table(masks, weights)
     data = ReportData(

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from sparse_ft.checkpoints import Record, check_weights, read_sidecars
+from sparse_ft.checkpoints import Record, read_sidecars
 from sparse_ft.cli.measuring import load_checked
-from sparse_ft.cli.refreshing import is_sparse_checkpoint
+from sparse_ft.cli.refreshing import check_stored, is_sparse_checkpoint
 from sparse_ft.masks import MaskSet
 
 __all__ = ["SparseModel", "load_sparse_model", "masks_from_zeros"]
@@ -43,13 +43,13 @@ def load_sparse_model(source: Path) -> SparseModel:
 
     Raises:
         ValueError: if the model is dense, or masks, record and weights do not belong together.
-        RuntimeError: if a pruned weight is not zero.
+        VerificationError: if a pruned weight is not zero.
     """
     model = load_checked(source)
     record: Record | None = None
     if is_sparse_checkpoint(source):
         masks, record = read_sidecars(source)
-        check_weights(masks, record, model)
+        check_stored(source, masks, record, model)
     else:
         masks = masks_from_zeros(model)
         by_chance = sum(surprise.kept_zero for surprise in masks.surprises(model).values())
@@ -58,7 +58,6 @@ def load_sparse_model(source: Path) -> SparseModel:
             f"No masks in {source}: taken from its zeros, pattern {pattern}, sparsity {masks.sparsity():.2%}; "
             f"{by_chance:,} kept weights are zero by chance."
         )
-    masks.verify(model)
     return SparseModel(model, masks, record, model.get_parameter(next(iter(masks))).dtype)
 
 

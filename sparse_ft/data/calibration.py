@@ -28,6 +28,21 @@ MAX_CHARACTERS = 16_000_000
 _PIECE_CHARACTERS = 65_536
 
 
+class TooFewSequencesError(ValueError):
+    """More calibration windows are asked for than a text has beside each other.
+
+    Attributes:
+        found: number of windows without overlap.
+    """
+
+    def __init__(self, source: str, found: int, length: int, samples: int) -> None:
+        super().__init__(
+            f"{source} has {found} sequences of {length} tokens but {samples} samples are asked for; lower samples or "
+            f"sequence_length, or give a longer text."
+        )
+        self.found = found
+
+
 def calibration_batches(
     dataset: str | Path | Iterable[Tensor | Mapping[str, Tensor]],
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -47,7 +62,7 @@ def calibration_batches(
             or mappings with `input_ids` and whatever else the model takes. Batches are used as they are, and the
             settings below do not apply; without an `attention_mask` they are taken to have no padding.
         tokenizer: needed for text.
-        samples: number of windows.
+        samples: number of windows; at most as many as the text has without overlap.
         sequence_length: tokens per window; by default the tokenizer's model length, at most 2048.
         seed: of the windows' places.
         batch_size: windows per batch; the last batch may have fewer.
@@ -61,6 +76,7 @@ def calibration_batches(
     Raises:
         FileNotFoundError: if there is no such dataset.
         ValueError: if the text is empty, binary or shorter than a window, or a batch is not one of token ids.
+        TooFewSequencesError: a ValueError, if the text has fewer windows without overlap than `samples`.
     """
     if not isinstance(dataset, (str, Path)):
         return [_checked(batch, number) for number, batch in enumerate(_non_empty(dataset), 1)]
@@ -72,6 +88,8 @@ def calibration_batches(
     ids = tokenize(text, tokenizer, piece_characters=_PIECE_CHARACTERS)
     length = default_length(tokenizer) if sequence_length is None else sequence_length
     source = f"The calibration text '{dataset}'"
+    if 0 < length <= len(ids) < samples * length:
+        raise TooFewSequencesError(source, len(ids) // length, length, samples)
     drawn = random_windows(ids, count=samples, length=length, seed=seed, source=source)
     return [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in drawn.split(batch_size)]
 

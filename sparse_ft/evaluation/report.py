@@ -27,6 +27,7 @@ from sparse_ft.models import matrix_view
 REPORT_HTML = "report.html"
 REPORT_JSON = "report.json"
 FORMAT_VERSION = 1
+_LEAST_COST = 1.01  # pruned over dense perplexity, from which on there is a gap to win back
 
 
 @dataclass(frozen=True)
@@ -181,33 +182,59 @@ def mask_sample(masks: MaskSet, *, rows: int = 20, columns: int = 32) -> dict[st
 def recovered_share(dense: float | None, pruned: float | None, retrained: float | None) -> float | None:
     """Share of the log-perplexity gap that retraining won back: (ln pruned - ln retrained) / (ln pruned - ln dense).
 
-    None when pruning cost nothing, or a number is missing or not finite.
+    None when pruning cost less than 1% of perplexity, so that the share would be noise, or a number is missing or not
+    finite.
     """
     if dense is None or pruned is None or retrained is None:
         return None
-    if not all(formats.finite(value) and value > 0 for value in (dense, pruned, retrained)) or pruned <= dense:
+    if not all(formats.finite(value) and value > 0 for value in (dense, pruned, retrained)):
+        return None
+    if pruned <= dense * _LEAST_COST:
         return None
     return (math.log(pruned) - math.log(retrained)) / (math.log(pruned) - math.log(dense))
 
 
 def _change(evaluations: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """From the first to the last perplexity; ratio and share won back only if they were measured alike."""
+    """From the first to the last perplexity of one protocol, `comparable` if there is no other.
+
+    Without two of one protocol, `before` is None and `after` the last of all. `only` has the settings of the protocol
+    in which the others differ, `through` the perplexity of the pruned model in between.
+    """
     if len(evaluations) < 2:
         return None
-    values = [entry.get("perplexity") for entry in evaluations]
-    before, after = values[0], values[-1]
-    comparable = all(_settings(entry) == _settings(evaluations[0]) for entry in evaluations)
+    alike = _largest_group(evaluations)
+    first = alike[0] if len(alike) > 1 else {}
     found: dict[str, Any] = {
-        "comparable": comparable,
-        "before": before,
-        "after": after,
+        "comparable": len(alike) == len(evaluations),
+        "before": first.get("perplexity"),
+        "before_label": first.get("label", "before"),
+        "after": alike[-1].get("perplexity"),
+        "after_label": alike[-1].get("label", "after"),
+        "only": _differing(alike[0], evaluations),
+        "through": alike[1].get("perplexity") if len(alike) > 2 else None,
+        "through_label": alike[1].get("label", "pruned") if len(alike) > 2 else None,
         "ratio": None,
         "recovered": None,
     }
-    if comparable and before and formats.finite(before) and after is not None and formats.finite(after):
+    before, after = found["before"], found["after"]
+    if before and formats.finite(before) and formats.finite(after):
         found["ratio"] = after / before
-        found["recovered"] = recovered_share(before, values[1], after) if len(values) > 2 else None
+        found["recovered"] = recovered_share(before, found["through"], after)
     return found
+
+
+def _largest_group(evaluations: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The entries of the protocol that most were measured by, of several the earliest; the last entry if all differ."""
+    groups = [[e for e in evaluations if _settings(e) == _settings(entry)] for entry in evaluations]
+    largest = max(groups, key=len)
+    return largest if len(largest) > 1 else [evaluations[-1]]
+
+
+def _differing(entry: Mapping[str, Any], evaluations: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The settings of an entry that another entry has otherwise, without the token counts that follow from them."""
+    mine, others = _settings(entry), [_settings(other) for other in evaluations]
+    counted = ("tokens", "text_tokens")
+    return {k: v for k, v in mine.items() if k not in counted and any(other.get(k) != v for other in others)}
 
 
 def _settings(entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -234,18 +261,18 @@ def _verdict(numbers: Mapping[str, Any]) -> str:
         back = f", but {formats.count(total['revived'])} pruned weights are not" if total["revived"] else ""
         parts.append(f"{share} of {count} prunable weights are exactly zero{back}")
     if numbers["change"] and numbers["change"]["ratio"] is not None:
-        parts.append(_perplexity_sentence(entries, numbers["change"]))
+        parts.append(_perplexity_sentence(numbers["change"]))
     elif entries:
         parts.append(f"perplexity is {formats.perplexity(entries[-1].get('perplexity'))}")
     sentence = "; ".join(parts) or "Nothing was measured"
     return sentence[0].upper() + sentence[1:] + "."
 
 
-def _perplexity_sentence(entries: Sequence[Mapping[str, Any]], change: Mapping[str, Any]) -> str:
+def _perplexity_sentence(change: Mapping[str, Any]) -> str:
     before, after = formats.perplexity(change["before"]), formats.perplexity(change["after"])
     if change["recovered"] is None:
         return f"perplexity went from {before} to {after} ({formats.change(change['before'], change['after'])})"
-    between = f"{formats.perplexity(entries[1]['perplexity'])} ({entries[1].get('label', 'pruned')})"
+    between = f"{formats.perplexity(change['through'])} ({change['through_label']})"
     won_back = f"{formats.percent(change['recovered'], 1)} of the gap won back"
     return f"perplexity went from {before} through {between} to {after}, {won_back}"
 

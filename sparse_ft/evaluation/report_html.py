@@ -119,13 +119,18 @@ def _pattern_line(total: Mapping[str, Any]) -> str:
 
 
 def _perplexity_figure(evaluations: Sequence[Mapping[str, Any]], change: Mapping[str, Any] | None) -> Markup:
-    first, last = evaluations[0].get("perplexity"), evaluations[-1].get("perplexity")
-    if len(evaluations) == 1:
-        return _figure("Perplexity", exact(first, formats.perplexity(first)), str(evaluations[0].get("label", "")))
-    big = join(exact(first, formats.perplexity(first)), " → ", exact(last, formats.perplexity(last)))
-    said = f"{evaluations[0].get('label', 'before')} → {evaluations[-1].get('label', 'after')}"
-    if change and change["ratio"] is not None:
-        said += f", {formats.change(change['before'], change['after'])}"
+    if change is None:
+        only = evaluations[0].get("perplexity")
+        return _figure("Perplexity", exact(only, formats.perplexity(only)), str(evaluations[0].get("label", "")))
+    first, last = change["before"], change["after"]
+    big, said = exact(last, formats.perplexity(last)), str(change["after_label"])
+    if first is not None or change["comparable"]:
+        big = join(exact(first, formats.perplexity(first)), " → ", big)
+        said = f"{change['before_label']} → {said}"
+    if change["ratio"] is not None:
+        said += f", {formats.change(first, last)}"
+    if change["only"]:
+        said += f" ({', '.join(f'{key} {value}' for key, value in change['only'].items())})"
     return _figure("Perplexity", big, said)
 
 
@@ -147,7 +152,8 @@ def _notes(numbers: Numbers) -> Iterable[Markup]:
     change = numbers["change"]
     if change and not change["comparable"]:
         text = (
-            "These perplexities were measured under different protocols and do not compare; see “How it was measured”."
+            "These perplexities were measured under different protocols, across which they do not compare; see “How it "
+            "was measured”."
         )
         yield tag("p", text, class_="warning", role="note")
 

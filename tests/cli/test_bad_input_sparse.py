@@ -211,7 +211,7 @@ def test_what_is_written_is_looked_at_itself(
 
 def revive(directory: Path) -> None:
     """One pruned weight comes back as 1.0."""
-    where = (~MaskSet.load(directory)[QUERY]).flatten().nonzero()[5]
+    where = int((~MaskSet.load(directory)[QUERY]).flatten().nonzero()[5])
     change_weights(directory, lambda tensors: tensors[QUERY].view(-1)[where].fill_(1.0))
 
 
@@ -269,7 +269,7 @@ def test_zeros_that_are_forgotten_are_told(place: Path, command: Command) -> Non
     assert result.code == 0, result.err
     assert not MaskSet.load(place / "out") <= MaskSet.load(sparse)
     (line,) = [line for line in result.out.splitlines() if line.startswith("warning: ")]
-    for part in ("50.00% zeros", "of which 40.0", f"inside=sparse_ft.MaskSet.load('{sparse}')"):
+    for part in ("50.00% zeros", "of which 39.97%", f"inside=sparse_ft.MaskSet.load('{sparse}')"):
         assert part in line, line
     for name in ("sparse_masks.safetensors", "sparse_ft.json"):
         (sparse / name).unlink()
@@ -280,4 +280,4 @@ def test_zeros_that_are_forgotten_are_told(place: Path, command: Command) -> Non
 @pytest.mark.parametrize(("model", "sparsity"), [("sparse", 0.7), ("dense", 0.3)])
 def test_no_warning_where_no_zero_is_forgotten(model: str, sparsity: float, place: Path, command: Command) -> None:
     result = command(*prune_words(place, model_name_or_path=place / model, sparsity=sparsity))
-    assert result.code == 0 and "warning" not in result.out
+    assert result.code == 0 and "warning: " not in result.out

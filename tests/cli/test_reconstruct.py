@@ -155,6 +155,8 @@ REFUSED: dict[str, tuple[dict[str, object], tuple[str, ...]]] = {
     "head": (dict(reconstruct_with="full+head"), ("'head'", "outside the blocks")),
     "empty group": (dict(reconstruct_with="biases"), ("no biases", "LlamaForCausalLM")),
     "learning rate": (dict(learning_rate="nan"), ("learning rate", "nan")),
+    "more samples than text": (dict(samples=1_000_000), ("--dataset", "225 sequences of 16", "1000000", "--samples")),
+    "rank of no adapter": (dict(r=4), ("'reconstruct'", "--r ", "--reconstruct_with full")),
     "samples": (dict(samples=1), ("1 calibration sequences", "takes 2")),
     "no samples": (dict(samples=0), ("--samples 0",)),
     "no steps": (dict(max_steps=0), ("--max_steps 0", "nothing to train")),
@@ -189,7 +191,7 @@ def test_changed_weights_are_refused(place: Path, command: Command) -> None:
     from safetensors.torch import save_file
 
     tensors = stored(place / "sparse")
-    tensors["model.layers.0.mlp.up_proj.weight"] += 1
+    tensors["model.layers.0.mlp.up_proj.weight"] *= 2
     save_file(tensors, place / "sparse" / "model.safetensors", metadata={"format": "pt"})
     refused(command, place, *words(place), naming=("weights with digest",))
 

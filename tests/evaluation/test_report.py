@@ -262,6 +262,31 @@ def test_different_protocols_are_not_compared(tmp_path: Path, data: ReportData) 
     assert "do not compare" not in text and "+100.0%" in text
 
 
+@pytest.mark.parametrize("second", [[], [measured("dense", 50.0, windows=480)]])
+def test_values_of_one_protocol_are_paired(tmp_path: Path, data: ReportData, second: list[dict[str, Any]]) -> None:
+    """Also if the last value is of another protocol; the figure says by which windows its own two were measured."""
+    other = [*second, measured("pruned", 99.0, windows=480)]
+    mixed = replace(data, evaluations=[measured("dense", 42.0), measured("pruned", 84.0), *other])
+    page = Page(write_report(tmp_path, mixed).read_text(encoding="utf-8"))
+    change = report_numbers(mixed)["change"]
+    assert (change["before"], change["after"], change["ratio"]) == (42.0, 84.0, 2.0) and not change["comparable"]
+    assert change["recovered"] is None and change["only"] == {"windows": 240}
+    assert "dense → pruned, +100.0% (windows 240)" in page.text
+    assert "from 42.00 to 84.00" in report_numbers(mixed)["verdict"]
+
+
+def test_two_protocols_make_no_pair(tmp_path: Path, data: ReportData) -> None:
+    mixed = replace(data, evaluations=[measured("dense", 42.0), measured("pruned", 84.0, windows=480)])
+    page = Page(write_report(tmp_path, mixed).read_text(encoding="utf-8"))
+    assert "pruned (windows 480)" in page.text and " → " not in page.text
+
+
+def test_no_share_where_pruning_cost_next_to_nothing(tmp_path: Path, data: ReportData) -> None:
+    cheap = replace(data, evaluations=[measured("dense", 1000.0), measured("b", 1001.0), measured("c", 977.0)])
+    text = "".join(Page(write_report(tmp_path, cheap).read_text(encoding="utf-8")).text)
+    assert "won back" not in text and report_numbers(cheap)["change"]["recovered"] is None
+
+
 @pytest.mark.parametrize(
     "empty",
     [
@@ -317,7 +342,14 @@ def test_mask_sample_is_a_corner_of_a_real_mask(table: tuple[list[SparsityRow], 
 
 @pytest.mark.parametrize(
     ("dense", "pruned", "retrained", "share"),
-    [(10, 1000, 10, 1.0), (10, 1000, 1000, 0.0), (10, 1000, 100, 0.5), (10, 1000, 10_000, -0.5), (10, 9, 9, None)],
+    [
+        (10, 1000, 10, 1.0),
+        (10, 1000, 1000, 0.0),
+        (10, 1000, 100, 0.5),
+        (10, 1000, 10_000, -0.5),
+        (10, 9, 9, None),
+        (1000, 1001, 980, None),
+    ],
 )
 def test_recovered_share(dense: float, pruned: float, retrained: float, share: float | None) -> None:
     found = recovered_share(dense, pruned, retrained)
