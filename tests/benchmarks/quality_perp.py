@@ -94,7 +94,7 @@ def measure(bench: Bench, way: Way, pruning: str, rate: float, seed: int, dense:
     reset_peak()
     start = time.process_time()
     if way.reconstruction is not None:
-        options = {"learning_rate": rate, "autocast": torch.bfloat16, **way.reconstruction}
+        options = {"learning_rate": rate, "autocast": True, **way.reconstruction}
         result = reconstruct(
             model, masks, bench.load(), calibration=bench.calibration(seed), seed=seed, progress=False, **options
         )
