@@ -29,15 +29,15 @@ _PIECE_CHARACTERS = 65_536
 
 
 class TooFewSequencesError(ValueError):
-    """More calibration windows are asked for than a text has beside each other.
+    """More calibration windows are asked for than a text has different ones.
 
     Attributes:
-        found: number of windows without overlap.
+        found: number of windows, one from each token on.
     """
 
     def __init__(self, source: str, found: int, length: int, samples: int) -> None:
         super().__init__(
-            f"{source} has {found} sequences of {length} tokens but {samples} samples are asked for; lower samples or "
+            f"{source} has {found} different sequences of {length} tokens but {samples} samples are asked for; lower samples or "
             f"sequence_length, or give a longer text."
         )
         self.found = found
@@ -76,7 +76,7 @@ def calibration_batches(
     Raises:
         FileNotFoundError: if there is no such dataset.
         ValueError: if the text is empty, binary or shorter than a window, or a batch is not one of token ids.
-        TooFewSequencesError: a ValueError, if the text has fewer windows without overlap than `samples`.
+        TooFewSequencesError: a ValueError, if the text has fewer different windows than `samples`.
     """
     if not isinstance(dataset, (str, Path)):
         return [_checked(batch, number) for number, batch in enumerate(_non_empty(dataset), 1)]
@@ -88,8 +88,9 @@ def calibration_batches(
     ids = tokenize(text, tokenizer, piece_characters=_PIECE_CHARACTERS)
     length = default_length(tokenizer) if sequence_length is None else sequence_length
     source = f"The calibration text '{dataset}'"
-    if 0 < length <= len(ids) < samples * length:
-        raise TooFewSequencesError(source, len(ids) // length, length, samples)
+    windows = len(ids) - length + 1
+    if 0 < length and 0 < windows < samples:
+        raise TooFewSequencesError(source, windows, length, samples)
     drawn = random_windows(ids, count=samples, length=length, seed=seed, source=source)
     return [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in drawn.split(batch_size)]
 

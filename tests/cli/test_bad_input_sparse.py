@@ -254,11 +254,11 @@ def test_other_weights_with_the_same_zeros(
     refused(command, place, *words, naming=("weights with digest",))
 
 
-@pytest.mark.parametrize("samples", [113, 1_000_000])
+@pytest.mark.parametrize("samples", [3570, 1_000_000])
 def test_more_samples_than_the_text_has_sequences(samples: int, place: Path, command: Command) -> None:
-    """3600 tokens are 112 sequences of 32."""
+    """3600 tokens hold 3569 different sequences of 32."""
     options = dict(method="wanda", dataset=place / "text", sequence_length=32, samples=samples)
-    naming = ("--dataset", "112 sequences of 32 tokens", str(samples), "--samples", "--sequence_length")
+    naming = ("--dataset", "3569 sequences of 32 tokens", str(samples), "--samples", "--sequence_length")
     refused(command, place, *prune_words(place, **options), naming=naming)
 
 
