@@ -37,8 +37,8 @@ class TooFewSequencesError(ValueError):
 
     def __init__(self, source: str, found: int, length: int, samples: int) -> None:
         super().__init__(
-            f"{source} has {found} different sequences of {length} tokens but {samples} samples are asked for; lower samples or "
-            f"sequence_length, or give a longer text."
+            f"{source} has {found} different sequences of {length} tokens but {samples} samples are asked for; lower "
+            f"samples or sequence_length, or give a longer text."
         )
         self.found = found
 

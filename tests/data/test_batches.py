@@ -107,7 +107,9 @@ def test_too_short_text_names_file_tokens_and_fix(tmp_path: Path) -> None:
 def test_more_samples_than_sequences_are_refused(corpus: Path) -> None:
     count = len(tokenize((corpus / "train.txt").read_text(), byte_level())) - 8 + 1
     assert sum(len(b["input_ids"]) for b in calibration_batches(corpus, byte_level(), samples=count, sequence_length=8))
-    with pytest.raises(ValueError, match=f"has {count} different sequences of 8 tokens but {count + 1} samples") as caught:
+    with pytest.raises(
+        ValueError, match=f"has {count} different sequences of 8 tokens but {count + 1} samples"
+    ) as caught:
         calibration_batches(corpus, byte_level(), samples=count + 1, sequence_length=8)
     assert "lower samples or sequence_length" in str(caught.value) and "--" not in str(caught.value)
 
