@@ -37,7 +37,8 @@ def check_stored(directory: Path, masks: MaskSet, record: Record, weights: nn.Mo
         first = next(iter(revived))
         raise VerificationError(
             f"{sum(revived.values())} pruned weights of '{directory}' are not zero, {revived[first]} of them in "
-            f"'{first}'; copy the weights again from where they were written, or prune again."
+            f"'{first}': weights were changed after pruning, or the masks are another revision's; copy both again from "
+            f"where they were written, or prune again."
         )
     check_weights(masks, record, weights)
 

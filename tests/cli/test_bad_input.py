@@ -226,8 +226,12 @@ def test_masks_of_another_revision(place: Path, command: Command) -> None:
     assert command(*words).code == 0
     for name in ("sparse_masks.safetensors", "sparse_ft.json"):
         shutil.copy(place / "second" / name, place / "sparse" / name)
-    refused(command, place, *retrain_words(place), naming=("digest", "revision"))
-    refused(command, place, "report", place / "sparse", naming=("digest", "revision"))
+    before = tree(place)
+    for words in (retrain_words(place), ["report", place / "sparse"]):
+        result = command(*words)
+        assert result.code == 1 and "Traceback" not in result.err
+        assert "pruned weights of" in result.complaint and "another revision" in result.complaint
+    assert tree(place) == before, "something was written"
 
 
 def test_masks_and_record_of_two_checkpoints(place: Path, command: Command) -> None:
