@@ -80,13 +80,12 @@ def test_memory_is_that_of_the_tensors_in_use(tmp_path: Path) -> None:
     used = []
     for i in range(count):
         tensor = reader.get(f"t{i}")
-        assert float(tensor.sum(dtype=torch.float64)) == i * each // 4
+        assert [float(end) for end in tensor.aminmax()] == [i, i]  # touches every page, and allocates nothing
         used.append(resident())
         del tensor
-    # The first sums load code and buffers of torch; from then on a tensor's pages must leave with it. The allocator may
-    # keep a few freed pieces, but nothing near what all the later tensors take together.
+    # The first ones load code of torch; from then on a tensor's pages must leave with it.
     growth = max(used[warm_up:]) - max(used[:warm_up])
-    assert growth < (count - warm_up) // 2 * each + 2 * each, f"{growth} bytes more after {count} tensors of {each}"
+    assert growth < 2 * each, f"{growth} bytes more after {count} tensors of {each}"
 
 
 def test_missing_tensor_names_the_nearest(tmp_path: Path) -> None:
