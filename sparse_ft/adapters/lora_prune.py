@@ -28,11 +28,11 @@ from typing import ClassVar
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import register_peft_method
-from torch import Tensor, nn
+from torch import Tensor
 
-from sparse_ft.adapters.mask_lora_function import masked
+from sparse_ft.adapters.mask_lora import MaskLoraExperts
 from sparse_ft.adapters.masked_config import REFUSED, MaskedLoraConfig
-from sparse_ft.adapters.masked_layer import Added, MaskedExperts, PlainLinear
+from sparse_ft.adapters.masked_layer import PlainLinear
 from sparse_ft.adapters.masked_model import MaskedLoraModel
 from sparse_ft.adapters.peft_type import add_peft_type
 from sparse_ft.adapters.quantised import QuantisedLinear
@@ -66,24 +66,13 @@ class LoraPruneQuantised(QuantisedLinear, LoraPruneLinear):
     """LoRA-Prune around a 4-bit or 8-bit linear of bitsandbytes, see `quantised`."""
 
 
-class ParamWrapper(MaskedExperts):
-    """LoRA-Prune on a stack of fused experts: W + c B A in forward, masked when merged."""
+class ParamWrapper(MaskLoraExperts):
+    """LoRA-Prune on a stack of fused experts: W + c B A in forward, merged as MaskLoRA is."""
 
     method = "LoRA-Prune"
 
-    def get_delta_weight(self, adapter: str, *args: object, **kwargs: object) -> Tensor:
-        """c (B A) ∘ m of every expert in the layout of the stack, in fp32 (fp64 for fp64 factors)."""
-        A, B = self._wide(adapter)
-        return masked(self._product(A, B * self.scaling[adapter]), self._bits(adapter))
-
-    def _change(self, adapters: list[str]) -> nn.Module:
-        dtype = self._parameter().dtype
-        deltas = []
-        for name in adapters:
-            self._bits(name)  # raises if A and B were trained for another mask or base
-            A, B = self.lora_A[name].weight.to(dtype), self.lora_B[name].weight.to(dtype)
-            deltas.append(self._product(A, B * self.scaling[name]).to(dtype))
-        return Added(sum(deltas[1:], deltas[0]))
+    def _trained(self, product: Tensor, bits: Tensor) -> Tensor:
+        return product
 
 
 LoraPruneExperts = ParamWrapper

@@ -103,8 +103,12 @@ class ParamWrapper(MaskedExperts):
         deltas = []
         for name in adapters:
             A, B = self.lora_A[name].weight.to(dtype), self.lora_B[name].weight.to(dtype)
-            deltas.append(masked(self._product(A, B * self.scaling[name]), self._bits(name)).to(dtype))
+            deltas.append(self._trained(self._product(A, B * self.scaling[name]), self._bits(name)).to(dtype))
         return Added(sum(deltas[1:], deltas[0]))
+
+    def _trained(self, product: Tensor, bits: Tensor) -> Tensor:
+        """What training adds to the stack, from c B A."""
+        return masked(product, bits)
 
 
 MaskLoraExperts = ParamWrapper

@@ -13,6 +13,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from sparse_ft.masks.packing import check_packed
+
 _INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -49,9 +51,14 @@ def mask_(values: Tensor, keep: Tensor) -> Tensor:
 
 
 def unpack_keep_bits(packed: Tensor, shape: Sequence[int]) -> Tensor:
-    """`keep_bits` of a packed mask, (ceil(numel / 8),) uint8, in its shape; the bytes are not checked."""
+    """`keep_bits` of a packed mask, (ceil(numel / 8),) uint8, in its shape.
+
+    Raises:
+        ValueError: as `unpack_bits`; a uint8 mask with a byte per weight is no packed one.
+    """
+    numel = check_packed(packed, shape)
     eight = torch.index_select(_eight_bytes(packed.device), 0, packed.int()).view(torch.int8)
-    return eight[: torch.Size(shape).numel()].view(torch.Size(shape))
+    return eight[:numel].view(torch.Size(shape))
 
 
 @lru_cache

@@ -32,7 +32,7 @@ def unpack_bits(packed: Tensor, shape: Sequence[int]) -> Tensor:
     Raises:
         ValueError: if the number of bytes does not fit the shape, or padding bits are set.
     """
-    numel = _check_packed(packed, shape)
+    numel = check_packed(packed, shape)
     values = torch.tensor(_BIT_VALUES, dtype=torch.uint8, device=packed.device)
     bits = (packed[:, None] & values).ne_(0).view(-1)
     return bits[:numel].to(torch.bool).view(torch.Size(shape))
@@ -44,12 +44,12 @@ def count_bits(packed: Tensor, shape: Sequence[int]) -> int:
     Raises:
         ValueError: as `unpack_bits`.
     """
-    _check_packed(packed, shape)
+    check_packed(packed, shape)
     how_often = torch.bincount(packed, minlength=256).tolist()
     return sum(count * byte.bit_count() for byte, count in enumerate(how_often))
 
 
-def _check_packed(packed: Tensor, shape: Sequence[int]) -> int:
+def check_packed(packed: Tensor, shape: Sequence[int]) -> int:
     """The number of weights, if the bytes are as many as it needs and the bits after the last weight are 0."""
     numel = int(torch.Size(shape).numel())
     if packed.dtype != torch.uint8 or packed.shape != ((numel + 7) // 8,):

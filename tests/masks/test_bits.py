@@ -21,3 +21,9 @@ def test_kept_values_stay_and_pruned_ones_are_zero_bit_for_bit(shape: tuple[int,
     for keep in (keep_bits(mask), pack_bits(mask)):
         masked = mask_(values.clone(), keep)
         assert torch.equal(masked.view(torch.uint8), expected.view(torch.uint8))  # bit for bit: NaN, and no -0
+
+
+@pytest.mark.parametrize("shape", [(4, 8), (32,)])
+def test_a_uint8_mask_with_a_byte_per_weight_is_not_taken_for_a_packed_one(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"needs 4 bytes of uint8, got"):
+        mask_(torch.ones(shape), torch.ones(shape, dtype=torch.uint8))
