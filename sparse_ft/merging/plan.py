@@ -1,0 +1,96 @@
+"""What a merge will do, tensor by tensor, before a weight is read: the product of a configuration, the engine's input.
+
+A `MergePlan` holds nothing but names, numbers and places. `config.py` and its neighbours make it (from mergekit's YAML
+or from plain arguments), `engine.py` carries it out, and everything that can be refused is refused while it is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+#: "paper": every method as its paper has it. "mergekit": as mergekit computes it, where the two differ.
+Compatibility = Literal["paper", "mergekit"]
+
+
+@dataclass(frozen=True)
+class MergeInput:
+    """A model that takes part.
+
+    Attributes:
+        label: how the configuration names it; also keys its random masks, so two entries need two labels.
+        path: local directory of a checkpoint, or of the base of `adapter`.
+        adapter: local directory of a LoRA adapter to be added to the checkpoint at `path`, as scaling * B A.
+    """
+
+    label: str
+    path: Path
+    adapter: Path | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """One input's tensor on its way into an output tensor.
+
+    Attributes:
+        model: index into `MergePlan.models`.
+        name: the tensor's name in that model.
+        parameters: the method's settings for this tensor of this model: `weight`, `density`, `gamma`, `epsilon`.
+        rows: for a vocabulary that is not the output's: (output rows,) int64, the row of this tensor to be used, or -1
+            where this model has none. None takes the tensor as it is.
+    """
+
+    model: int
+    name: str
+    parameters: Mapping[str, float] = field(default_factory=dict)
+    rows: NDArray[np.int64] | None = None
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """One output tensor.
+
+    Attributes:
+        name: its name in the output.
+        shape: its shape in the output.
+        dtype: dtype it is written in.
+        base: the base model's tensor; None for methods without a base.
+        sources: the other models that have it. With a `copy`, only that one is read.
+        parameters: settings of the whole tensor: `normalize`, `rescale`, `lambda`, `t`.
+        copy: take this tensor as it is (cast to `dtype`), merging nothing: integer buffers, tensors of one model only.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    base: Source | None
+    sources: tuple[Source, ...]
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    copy: Source | None = None
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """A whole merge.
+
+    Attributes:
+        method: a name of `methods.METHODS`.
+        models: all inputs, base included.
+        tensors: all output tensors, in the order of the output's files.
+        shards: for each output file its name and the names of its tensors.
+        seed: seed of everything random.
+        compatibility: whose formula is used where paper and mergekit differ.
+    """
+
+    method: str
+    models: tuple[MergeInput, ...]
+    tensors: tuple[TensorPlan, ...]
+    shards: tuple[tuple[str, tuple[str, ...]], ...]
+    seed: int = 0
+    compatibility: Compatibility = "paper"
