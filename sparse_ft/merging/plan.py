@@ -18,6 +18,11 @@ from numpy.typing import NDArray
 #: "paper": every method as its paper has it. "mergekit": as mergekit computes it, where the two differ.
 Compatibility = Literal["paper", "mergekit"]
 
+#: In `Source.rows`: the model has no such row.
+NO_ROW = -1
+#: In `Source.rows`: a row of zeros, whatever the model has.
+ZERO_ROW = -2
+
 
 @dataclass(frozen=True)
 class MergeInput:
@@ -42,8 +47,9 @@ class Source:
         model: index into `MergePlan.models`.
         name: the tensor's name in that model.
         parameters: the method's settings for this tensor of this model: `weight`, `density`, `gamma`, `epsilon`.
-        rows: for a vocabulary that is not the output's: (output rows,) int64, the row of this tensor to be used, or -1
-            where this model has none. None takes the tensor as it is.
+        rows: for a vocabulary that is not the output's: (output rows,) int64, the row of this tensor to be used, or
+            `NO_ROW` where this model has none (`TensorPlan.fallbacks` says what it takes instead), or `ZERO_ROW` for
+            a row of zeros. None takes the tensor as it is.
     """
 
     model: int
@@ -64,6 +70,9 @@ class TensorPlan:
         sources: the other models that have it. With a `copy`, only that one is read.
         parameters: settings of the whole tensor: `normalize`, `rescale`, `lambda`, `t`.
         copy: take this tensor as it is (cast to `dtype`), merging nothing: integer buffers, tensors of one model only.
+        fallbacks: where a source (or the base) has `NO_ROW`, it takes the row of the first of these that has one, else
+            the base's, else the mean of all `sources` that have one (in fp32), else zeros. So one row is what every
+            model without that row takes, and `vocabulary.take_rows` computes it.
     """
 
     name: str
@@ -73,6 +82,7 @@ class TensorPlan:
     sources: tuple[Source, ...]
     parameters: Mapping[str, Any] = field(default_factory=dict)
     copy: Source | None = None
+    fallbacks: tuple[Source, ...] = ()
 
 
 @dataclass(frozen=True)
