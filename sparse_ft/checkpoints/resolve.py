@@ -57,6 +57,19 @@ def resolve_checkpoint(
     return path
 
 
+def download_adapter(name: str, *, revision: str | None = None) -> Path:
+    """Take an adapter from the Hub.
+
+    Args:
+        name: `owner/name`.
+        revision: branch, tag or commit.
+
+    Raises:
+        FileNotFoundError: if it is no Hub name, or cannot be had.
+    """
+    return _download(name, allow_pickle=False, revision=revision, skip=["*/*"])
+
+
 def weights_file(path: Path, *, allow_pickle: bool = False) -> Path:
     """The file that opens the weights of a directory: the single file if there is one, else the index.
 
@@ -125,7 +138,9 @@ def _refuse_without_config(path: Path) -> None:
     raise FileNotFoundError(f"No {CONFIG_FILE} in '{path}'; give a directory written by save_pretrained.")
 
 
-def _download(name_or_path: str | Path, *, allow_pickle: bool, revision: str | None) -> Path:
+def _download(
+    name_or_path: str | Path, *, allow_pickle: bool, revision: str | None, skip: list[str] = _HUB_SKIP
+) -> Path:
     name = str(name_or_path)
     if isinstance(name_or_path, Path) or not _HUB_NAME.fullmatch(name):
         raise FileNotFoundError(f"No directory '{name}'; give a checkpoint directory or a Hub name like 'owner/model'.")
@@ -133,7 +148,7 @@ def _download(name_or_path: str | Path, *, allow_pickle: bool, revision: str | N
 
     patterns = _HUB_FILES + (["*.bin"] if allow_pickle else [])
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=_HUB_SKIP))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=skip))
     except Exception as error:
         # The Hub client has two dozen exception types, from httpx to OSError; the user needs one sentence.
         raise FileNotFoundError(_why_not_downloaded(name, revision, error)) from error
