@@ -1,7 +1,8 @@
 """Every option of every verb: flat dataclasses, the same name for the same thing everywhere.
 
 A verb composes the groups it needs; `retrain` adds `transformers.TrainingArguments` unchanged, so its fields keep the
-names and meanings they have there. Values are checked by the library functions that use them, once.
+names and meanings they have there. Numbers are checked here (`cli.limits`), other values by the library functions that
+use them, once.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from sparse_ft.cli.limits import OPTION_LIMITS, check_limits
 from sparse_ft.cli.parser import ConfigParser, suggest
 
 __all__ = [
@@ -225,7 +227,13 @@ def parse(
     """
     parser = ConfigParser(groups, prog=f"sparse-ft {verb}", description=description)
     parser.change(defaults or {}, required, overrules)
-    return parser.parse(argv, check)
+
+    def check_numbers(values: Mapping[str, Any]) -> None:
+        if check is not None:
+            check(values)
+        check_limits(values, OPTION_LIMITS)
+
+    return parser.parse(argv, check_numbers)
 
 
 def first_word_is_model(argv: Sequence[str]) -> list[str]:

@@ -30,7 +30,6 @@ from sparse_ft.cli.publishing import command_line, plain_arguments, print_tasks,
 from sparse_ft.cli.refreshing import add_evaluations, check_stored, is_sparse_checkpoint
 from sparse_ft.data import tokenize
 from sparse_ft.evaluation import REPORT_HTML, ReportData, load_tasks, perplexity, write_report, zero_shot
-from sparse_ft.evaluation.tasks import check_numbers
 from sparse_ft.models import load_config, load_tokenizer
 
 __all__ = ["run"]
@@ -56,7 +55,6 @@ def run(argv: Sequence[str]) -> int:
     tasks = [name for word in how.tasks or [] for name in word.split(",") if name]
     if text.dataset is None and not tasks:
         raise ValueError("No text was given; name one with --dataset, or zero-shot tasks with --tasks.")
-    check_numbers(how.limit, how.batch_size, how.num_fewshot)
     choose_dtype(how.dtype)
     inputs = [model.model_name_or_path]
     target = check_output_dir(how.output_dir, inputs=inputs) if how.output_dir is not None else None

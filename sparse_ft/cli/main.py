@@ -13,6 +13,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import PurePath
+from typing import TextIO
 
 __all__ = ["VERBS", "VerificationError", "main"]
 
@@ -75,6 +76,7 @@ def _take_debug(words: list[str]) -> tuple[list[str], bool]:
 
 def _run(verb: str, rest: list[str]) -> int:
     """The verb's own exit code; `--help` leaves argparse through SystemExit."""
+    importlib.import_module("sparse_ft.cli.early").check_texts(rest)
     if "torch" not in sys.modules:
         # Threads that spin while they wait cost a factor of twenty when another program shares the cores; threads that
         # sleep cost next to nothing. OpenMP reads this once, when torch is loaded.
@@ -84,9 +86,22 @@ def _run(verb: str, rest: list[str]) -> int:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries, to their programmers
+            warnings.showwarning = _show_warning  # for this block only
             return int(importlib.import_module(VERBS[verb][0]).run(rest))
     except SystemExit as leave:
         return leave.code if isinstance(leave.code, int) else 0
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """The warning on one line, without the place in the source that Python shows with it."""
+    print(f"warning: {' '.join(str(message).split())}", file=file or sys.stderr)
 
 
 def _is_user_error(error: Exception) -> bool:

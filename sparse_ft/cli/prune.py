@@ -42,6 +42,7 @@ from sparse_ft.cli.publishing import Outcome, plain_arguments, print_outcome, pu
 from sparse_ft.masks import MASKS_FILE, MaskSet
 from sparse_ft.models import load_config, load_tokenizer
 from sparse_ft.pruning import METHODS, prune_checkpoint
+from sparse_ft.pruning.plan import check_settings
 
 __all__ = ["run"]
 
@@ -57,6 +58,7 @@ def run(argv: Sequence[str]) -> int:
     model, output, text, how, calibration, _ = groups
     check_choice("method", how.method, list(METHODS))
     _check_unused(how, calibration)
+    check_settings(METHODS, progress=True, **_settings(how, output.seed))
     output_dir = check_output_dir(output.output_dir, inputs=[model.model_name_or_path], overwrite=output.overwrite)
     if METHODS[how.method].statistic is not None and text.dataset is None:
         raise ValueError(f"Method {how.method!r} looks at the model's activations; name a text with --dataset.")
@@ -77,7 +79,7 @@ def _prune(groups: Sequence[Any], argv: Sequence[str], source: Path, output_dir:
     evaluations = [_evaluate(source, eval_text, length, evaluation, "dense", device)] if eval_text else []
     older = MaskSet.load(source) if (source / MASKS_FILE).exists() else None
     with atomic_directory(output_dir, overwrite=output.overwrite) as directory:
-        masks = prune_checkpoint(source, directory, calibration=batches, **_settings(how, output.seed, device))
+        masks = prune_checkpoint(source, directory, calibration=batches, device=device, **_settings(how, output.seed))
         copy_side_files(source, directory)
         if eval_text:
             evaluations.append(_evaluate(directory, eval_text, length, evaluation, "pruned", device))
@@ -116,11 +118,11 @@ def _names_a_text(text: TextArguments, evaluation: EvaluationArguments) -> bool:
     return text.dataset is not None or evaluation.eval_dataset is not None
 
 
-def _settings(how: PruneArguments, seed: int, device: torch.device) -> dict[str, Any]:
-    """`PruneArguments` as keyword arguments of `prune_checkpoint`."""
+def _settings(how: PruneArguments, seed: int) -> dict[str, Any]:
+    """`PruneArguments` as keyword arguments of `prune_checkpoint` that need no model to be checked."""
     names = ("method", "pattern", "sparsity", "allocation", "indivisible", "update_weights", "block_size")
     settings = {name: getattr(how, name) for name in (*names, "damping", "min_keep")}
-    return settings | {"exclude": how.exclude or [], "seed": seed, "device": device}
+    return settings | {"exclude": how.exclude or [], "seed": seed}
 
 
 def _calibration(

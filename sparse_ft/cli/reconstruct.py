@@ -183,8 +183,6 @@ def _check(groups: Sequence[Any]) -> Path:
     if training.max_steps == 0 or (training.max_steps < 0 and not training.num_train_epochs > 0):
         given = f"--max_steps {training.max_steps} and --num_train_epochs {training.num_train_epochs:g}"
         raise ValueError(f"{given} leave nothing to train; give one that is positive.")
-    if windows.samples < 1:
-        raise ValueError(f"--samples {windows.samples} leaves no calibration data; 128 are usual.")
     check_settings(**_options(how, windows, training), progress=True)
     if how.r is not None and parse_training(windows.reconstruct_with).weights in (None, "full"):
         raise ValueError(

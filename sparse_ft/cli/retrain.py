@@ -146,7 +146,7 @@ def run(argv: Sequence[str]) -> int:
 def _check(names: ModelArguments, text: TextArguments, how: RetrainArguments, training: TrainingArguments) -> Path:
     """What can be refused without reading a model; the output directory."""
     check_strategy(training)
-    check_settings(choose_method(how.method), how, training)
+    check_settings(choose_method(how.method), how)
     check_quantization(choose_method(how.method), how)
     choose_dtype(how.dtype)
     inputs = [names.model_name_or_path]

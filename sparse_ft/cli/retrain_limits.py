@@ -10,10 +10,11 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from sparse_ft.cli.limits import Limit, check_limits
+
 __all__ = ["check_training_values"]
 
-# option -> least value, greatest value, whether the greatest is itself allowed, what to do instead
-_LIMITS: dict[str, tuple[float, float, bool, str]] = {
+_LIMITS: dict[str, Limit] = {
     "per_device_train_batch_size": (1, math.inf, False, "give at least 1"),
     "per_device_eval_batch_size": (1, math.inf, False, "give at least 1"),
     "gradient_accumulation_steps": (1, math.inf, False, "give at least 1"),
@@ -58,10 +59,4 @@ def check_training_values(values: Mapping[str, Any]) -> None:
                 f"--{option} {shown} asks for {name}, which shards the model, but masked training keeps a whole copy "
                 f"in every process; leave it out, or start with `accelerate launch --config_file launch/ddp.yaml`."
             )
-    for option, (least, greatest, closed, fix) in _LIMITS.items():
-        value = values.get(option)
-        if value is None:
-            continue
-        below = value <= greatest if closed else value < greatest
-        if not (math.isfinite(value) and least <= value and below):
-            raise ValueError(f"--{option} {value} cannot train; {fix}.")
+    check_limits(values, _LIMITS, "cannot train")

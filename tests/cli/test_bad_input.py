@@ -20,6 +20,9 @@ from cli.refusals import DAMAGE, QUERY, Command, change_weights, prune_words, re
 from cli.workspace import save_model, sentences, tree
 from safetensors.torch import load_file
 
+from sparse_ft.cli.early import check_texts
+from sparse_ft.cli.main import VERBS
+
 OPTIONS: dict[str, tuple[dict[str, object], tuple[str, ...]]] = {
     "more kept than there are": ({"pattern": "5:4", "sparsity": None}, ("5:4",)),
     "pattern that is none": ({"pattern": "two of four", "sparsity": None}, ("two of four",)),
@@ -90,6 +93,59 @@ def test_missing_text(place: Path, command: Command) -> None:
     refused(command, place, *words, naming=("nothing.txt", "--dataset"))
 
 
+NO_TEXT = ("wikitext-of-mine", "text/tset", "data/a/b.txt", "./text", "wiki.jsonl", "~/no.txt")
+
+
+@pytest.mark.parametrize("option", ["--dataset", "--eval_dataset", "--eval-dataset"])
+@pytest.mark.parametrize("name", NO_TEXT)
+def test_a_text_that_is_nowhere_is_refused_before_the_verb_is_imported(
+    name: str, option: str, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setitem(VERBS, "prune", ("no.such.module", ""))
+    for words in ([option, name], [f"{option}={name}"]):
+        refused(command, tmp_path, "prune", *words, naming=(name, option.replace("-d", "_d").replace("-_", "--")))
+
+
+def test_a_text_that_may_be_there_is_left_to_the_verb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files, directories, what was downloaded before, and names on a Hub that can be reached."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for cache in ("datasets/Salesforce___wikitext", "datasets/open_web_text", "hub/datasets--allenai--c4"):
+        (tmp_path / "home" / cache).mkdir(parents=True)
+    (tmp_path / "mine.txt").write_text("text")
+    (tmp_path / "texts").mkdir()
+    for name in ("mine.txt", "texts", "wikitext", "Salesforce/wikitext", "stas/OpenWebText", "allenai/c4"):
+        check_texts(["--dataset", name])
+    with pytest.raises(FileNotFoundError, match="wikitextt"):
+        check_texts(["--dataset", "wikitextt"])
+    monkeypatch.setattr("sparse_ft.cli.early._is_hub_out_of_reach", lambda: False)
+    check_texts(["--dataset", "wikitextt", "--eval_dataset", "--seed"])
+
+
+NUMBERS = {
+    "prune": ("damping -1", "block_size 0", "samples 0", "eval_windows 0", "eval_batch_size -1", "sequence_length 0"),
+    "eval": ("stride 0", "max_windows 0", "batch_size 0", "seed -1", "stride -3"),
+    "retrain": ("eval_windows -1", "eval_batch_size 0", "sequence_length 1", "r 0"),
+    "retrain --method reconstruct": ("samples 0", "r -1"),
+    "demo": ("samples 0", "retrain_steps 0", "r 0", "learning_rate -1", "learning_rate nan", "eval_windows 0"),
+}
+
+
+@pytest.mark.parametrize(("verb", "given"), [(verb, given) for verb, all_of in NUMBERS.items() for given in all_of])
+def test_numbers_are_checked_before_the_model_is_looked_for(
+    verb: str, given: str, tmp_path: Path, command: Command
+) -> None:
+    (tmp_path / "train.txt").write_text("some text")
+    option, value = given.split()
+    words = [*verb.split(), "--model_name_or_path", tmp_path / "none", "--dataset", tmp_path]
+    words += ["--output_dir", tmp_path / "out", f"--{option}={value}"]
+    words += ["--method", "sparsegpt", "--sparsity", 0.5] if verb == "prune" else []
+    refused(command, tmp_path, *words, naming=(option, value))
+
+
 def test_text_without_the_split(place: Path, command: Command) -> None:
     (place / "text" / "test.txt").unlink()
     words = ["eval", place / "dense", "--dataset", place / "text"]
@@ -104,7 +160,7 @@ def test_sequences_the_model_cannot_take(verb: str, length: int, place: Path, co
         "retrain": retrain_words(place, sequence_length=length),
         "eval": ["eval", place / "sparse", "--dataset", place / "text", "--sequence_length", length],
     }[verb]
-    refused(command, place, *words, naming=("--sequence_length", str(length), "64"))
+    refused(command, place, *words, naming=("--sequence_length", str(length), "64" if length > 1 else "at least 2"))
 
 
 @pytest.mark.parametrize("verb", ["prune", "retrain"])

@@ -110,8 +110,8 @@ def test_wrong_words_are_refused_in_one_sentence(
 ) -> None:
     for words, naming in (
         ([], ["No text was given", "--dataset", "--tasks"]),
-        (["--tasks", "boolq", "--limit", 0], ["limit is 0"]),
-        (["--tasks", "boolq", "--num_fewshot", -2], ["num_fewshot is -2"]),
+        (["--tasks", "boolq", "--limit", 0], ["--limit 0"]),
+        (["--tasks", "boolq", "--num_fewshot", -2], ["--num_fewshot -2"]),
         (["--dataset", text, "--merge"], ["not an adapter", "--merge"]),
     ):
         result = command("eval", pruned, *words)

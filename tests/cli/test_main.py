@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -119,6 +120,23 @@ def test_debug_shows_the_traceback(how: str, monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setenv("SPARSE_FT_DEBUG", "1")
     with pytest.raises(ValueError, match="bad"):
         main(["report", "--debug"] if how == "option" else ["report"])
+
+
+def test_warnings_are_one_line_without_the_source(
+    command: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(argv: list[str]) -> int:
+        warnings.warn("the text\n  is short", stacklevel=1)
+        warnings.warn("of libraries", FutureWarning, stacklevel=1)
+        return 0
+
+    module = type(sys)("warning")
+    module.run = run  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "warning", module)
+    monkeypatch.setitem(main_module.VERBS, "report", ("warning", ""))
+    before = warnings.showwarning, warnings.formatwarning
+    assert command("report").err == "warning: the text is short\n"
+    assert (warnings.showwarning, warnings.formatwarning) == before, "the program that calls main() has its own again"
 
 
 def test_a_defect_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
