@@ -16,7 +16,7 @@ from sparse_ft.cli.opening import is_causal
 from sparse_ft.data import TooFewSequencesError, calibration_batches, load_text, tokenize
 from sparse_ft.evaluation import perplexity
 from sparse_ft.models import load_model
-from sparse_ft.pruning.validation import is_finite
+from sparse_ft.pruning.validation import check_all_finite
 
 __all__ = [
     "EvalText",
@@ -52,10 +52,7 @@ def load_checked(directory: Path, **options: Any) -> PreTrainedModel:
     """
     CheckpointReader(directory)
     model = load_model(directory, **options)
-    for name, weight in model.named_parameters():
-        comparable = weight.is_floating_point() and weight.element_size() > 1 and weight.numel() > 0
-        if comparable and not is_finite(weight):
-            raise ValueError(f"'{name}' in '{directory}' contains NaN or infinite weights; repair the checkpoint.")
+    check_all_finite(model.named_parameters(), directory)
     return model
 
 
@@ -111,6 +108,8 @@ def find_split(dataset: str, split: str | None, *, config: str | None, text_fiel
     try:
         return load_text(dataset, split="test", config=config, text_field=text_field), "test"
     except FileNotFoundError as error:
+        if isinstance(error.__cause__, OSError):  # no such dataset, or no way to it: another split is as far away
+            raise
         try:
             return load_text(dataset, split="validation", config=config, text_field=text_field), "validation"
         except FileNotFoundError:

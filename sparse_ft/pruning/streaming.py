@@ -35,6 +35,7 @@ from sparse_ft.pruning.plan import (
 from sparse_ft.pruning.prune import METHODS, is_calibrated, prune_with
 from sparse_ft.pruning.sequential import progress_bar, prune_block_by_block
 from sparse_ft.pruning.stored_weights import CannotStream, LiveModel, StoredWeights
+from sparse_ft.pruning.validation import check_all_finite
 
 logger = logging.getLogger(__name__)
 
@@ -127,6 +128,7 @@ class _Streaming:
         for piece_targets, live in self._read_targets():
             for target in piece_targets:
                 check_target(target, live[target.name])
+        check_all_finite(self._read_others(), self._reader.path)
         budgets = make_budgets(targets, settings, _StoredMatrices(targets, self._weights))
         with open_writer(output, self._reader) as writer:
             if is_calibrated(method, budgets):
@@ -146,6 +148,14 @@ class _Streaming:
             of_piece.setdefault(self._weights.piece_of[target.name].first, []).append(target)
         for first, members in of_piece.items():
             yield members, self._weights.read(self._weights.piece_of[first])
+
+    def _read_others(self) -> Iterator[tuple[str, Tensor]]:
+        """The stored tensors of parameters that are not pruned; a buffer may well hold infinities, as causal masks."""
+        parameters = {name for name, _ in self._model.named_parameters(remove_duplicate=False)}
+        pruned = {self._weights.piece_of[target.name].first for target in self._targets}
+        for piece in self._weights.pieces:
+            if piece.first not in pruned and parameters.intersection(piece.live):
+                yield from ((name, self._reader.get(name)) for name in piece.stored)
 
     def _prune_tensors(self, budgets: Mapping[str, list[Budget]], writer: CheckpointWriter) -> None:
         with progress_bar(len(self._targets), self._settings, unit="tensor") as bar:
@@ -239,6 +249,7 @@ def _prune_whole(
 ) -> MaskSet:
     """For layouts that cannot be streamed: load, prune, and write the source's tensors with their new values."""
     model = load_model(directory, device=device)
+    check_all_finite(model.named_parameters(), directory)
     masks = prune_with(model, settings, calibration)
     write_whole(model, directory, reader, output)
     return masks

@@ -9,6 +9,8 @@ Example:
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -107,6 +109,22 @@ def check_statistic(statistic: Tensor, label: str) -> None:
             f"The {label} is all zero, no calibration token reached this layer; "
             "calibrate on more tokens or prune the layer by magnitude."
         )
+
+
+def check_all_finite(tensors: Iterable[tuple[str, Tensor]], source: str | Path) -> None:
+    """Check that the tensors of a checkpoint are finite; integers, 8-bit floats and empty ones are not looked at.
+
+    Args:
+        tensors: (name, tensor), asked for one at a time.
+        source: the checkpoint, for the message.
+
+    Raises:
+        ValueError: naming the first tensor that is not.
+    """
+    for name, tensor in tensors:
+        comparable = tensor.is_floating_point() and tensor.element_size() > 1 and tensor.numel() > 0
+        if comparable and not is_finite(tensor):
+            raise ValueError(f"'{name}' in '{source}' contains NaN or infinite weights; repair the checkpoint.")
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -204,11 +205,7 @@ def test_loading_everything_gives_the_same_files(tmp_path: Path, monkeypatch: py
     arguments = dict(sparsity=0.5, method="wanda", calibration=batches(), progress=False)
     masks = prune_checkpoint(source, tmp_path / "streamed", **arguments)
 
-    class Refusing(streaming_module.StoredWeights):
-        def __init__(self, *args: Any) -> None:
-            raise streaming_module.CannotStream("these pieces cannot be taken apart")
-
-    monkeypatch.setattr(streaming_module, "StoredWeights", Refusing)
+    monkeypatch.setattr(streaming_module, "StoredWeights", refuse_to_stream)
     assert prune_checkpoint(source, tmp_path / "whole", **arguments) == masks
     assert "these pieces cannot be taken apart" in caplog.text
     for file in (tmp_path / "streamed").iterdir():
@@ -245,6 +242,31 @@ def test_damaged_checkpoints_are_refused_before_anything_is_written(method: str,
         prune_checkpoint(source, tmp_path / "out", sparsity=0.5, method=method, calibration=batches(), progress=False)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.0.self_attn.k_proj.weight"])
+def test_weights_that_are_no_numbers_are_found_where_nothing_is_pruned(
+    name: str, whole: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = poisoned(save(TINY["llama"](), tmp_path / "source", shard="1GB"), name)
+    if whole:
+        monkeypatch.setattr(streaming_module, "StoredWeights", refuse_to_stream)
+    with pytest.raises(ValueError, match=f"'{name}' in .*source' contains NaN"):
+        prune_checkpoint(source, tmp_path / "out", sparsity=0.5, exclude=["k_proj"], progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+def refuse_to_stream(*args: Any) -> None:
+    raise streaming_module.CannotStream("these pieces cannot be taken apart")
+
+
+def test_what_is_no_parameter_may_be_infinite(tmp_path: Path) -> None:
+    source = save(TINY["llama"](), tmp_path / "source", shard="1GB")
+    mask = torch.full((4, 4), -math.inf).triu(1)
+    save_file({**stored(source), "causal_mask": mask}, source / "model.safetensors", metadata={"format": "pt"})
+    prune_checkpoint(source, tmp_path / "out", sparsity=0.5, progress=False)
+    assert same_bits(stored(tmp_path / "out")["causal_mask"], mask)
 
 
 @pytest.mark.parametrize(
