@@ -230,9 +230,11 @@ def _check_sizes(length: int, stride: int, max_windows: int | None, batch_size: 
     if length < 2:
         raise ValueError(f"sequence_length is {length} but a window needs at least 2 tokens; pass 2 or more.")
     if not 1 <= stride <= length:
-        raise ValueError(f"stride is {stride} but must be between 1 and sequence_length {length}; None is no overlap.")
+        raise ValueError(
+            f"stride is {stride} but must be between 1 and sequence_length {length}; leave it out for no overlap."
+        )
     if max_windows is not None and max_windows < 1:
-        raise ValueError(f"max_windows is {max_windows} but must be at least 1; None uses the whole text.")
+        raise ValueError(f"max_windows is {max_windows} but must be at least 1; leave it out to use the whole text.")
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size} but must be at least 1; pass the windows per forward pass.")
 

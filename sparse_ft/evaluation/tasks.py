@@ -212,7 +212,7 @@ def check_numbers(limit: int | None, batch_size: int, num_fewshot: int) -> None:
         ValueError: if one is out of range.
     """
     if limit is not None and limit < 1:
-        raise ValueError(f"limit is {limit} but must be at least 1; None asks every question.")
+        raise ValueError(f"limit is {limit} but must be at least 1; leave it out to ask every question.")
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size} but must be at least 1; pass the answers per forward pass.")
     if num_fewshot < 0:

@@ -411,5 +411,5 @@ def _check_pattern_of_zeros(name: str, excess: Tensor, pattern: Pattern) -> None
     if count:
         raise ValueError(
             f"'{name}' is not {pattern} sparse: {count} non-zero weights exceed {pattern.n} in their group of "
-            f"{pattern.m}; use pattern='unstructured' or prune it again."
+            f"{pattern.m}; use pattern 'unstructured' or prune it again."
         )

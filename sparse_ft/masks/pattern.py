@@ -112,7 +112,9 @@ def check_sparsity(pattern: Pattern, sparsity: float | None) -> float:
     if sparsity is None:
         if fixed is not None:
             return fixed
-        raise ValueError("Pattern 'unstructured' needs a sparsity in [0, 1), got none; pass for example sparsity=0.5.")
+        raise ValueError(
+            "Pattern 'unstructured' needs a sparsity in [0, 1), got none; 0.5 removes half of the weights."
+        )
     if isinstance(sparsity, bool) or not isinstance(sparsity, (int, float)) or not 0 <= sparsity < 1:
         raise ValueError(f"sparsity must be a number in [0, 1), got {sparsity!r}; 0.6 removes 60% of the weights.")
     if fixed is not None and not math.isclose(sparsity, fixed):

@@ -210,7 +210,10 @@ def _without(targets: list[Target], exclude: Sequence[str]) -> list[Target]:
             )
         kept = [t for t in kept if t.name not in matched]
     if not kept:
-        raise ValueError(f"exclude={list(exclude)} leaves none of the {len(targets)} prunable modules; exclude fewer.")
+        given = ", ".join(exclude)
+        raise ValueError(
+            f"exclude (--exclude) {given} leaves none of the {len(targets)} prunable modules; exclude fewer."
+        )
     return kept
 
 

@@ -104,8 +104,8 @@ def check_inside(
     for name, (kept, total) in inside.counts().items():
         if kept < total and all(target.name != name for target in targets):
             raise ValueError(
-                f"'{name}' was pruned in the mask to stay inside but is not pruned now; leave it out of `exclude` and "
-                f"`indivisible`."
+                f"'{name}' was pruned in the mask to stay inside but is not pruned now; leave it out of "
+                f"exclude (--exclude) and indivisible (--indivisible)."
             )
     for target in targets:
         if target.name in inside and inside.shape(target.name) != target.shape:

@@ -136,7 +136,7 @@ def check_settings(
     if allocation not in allowed:
         raise ValueError(f"method '{method}' cannot use allocation '{allocation}'; use one of {', '.join(allowed)}.")
     if parsed.is_structured and allocation != "uniform":
-        raise ValueError(f"pattern '{parsed}' fixes every tensor's sparsity; leave out allocation='{allocation}'.")
+        raise ValueError(f"pattern '{parsed}' fixes every tensor's sparsity; leave out allocation '{allocation}'.")
     check_block_size(block_size)
     check_damping(damping)
     check_min_keep(min_keep)
@@ -176,10 +176,14 @@ def divisible_targets(targets: Sequence[Target], settings: Settings) -> list[Tar
     what = f"'{first.name}' has {first.in_features} inputs, which pattern '{settings.pattern}' cannot split into {m}s"
     if settings.indivisible == "error":
         tail = first.module.rpartition(".")[2]
-        raise ValueError(f"{what}; pass exclude=['{tail}'], or indivisible='skip' or 'dense_tail'.")
+        raise ValueError(
+            f"{what}; exclude (--exclude) {tail}, or set indivisible (--indivisible) to skip or dense_tail."
+        )
     kept = [t for t in targets if t not in odd]
     if not kept:
-        raise ValueError(f"{what}, nor any other of the {len(odd)} tensors; use indivisible='dense_tail'.")
+        raise ValueError(
+            f"{what}, nor any other of the {len(odd)} tensors; set indivisible (--indivisible) to dense_tail."
+        )
     warnings.warn(f"{what}; {len(odd)} tensors stay dense for this reason.", stacklevel=3)
     return kept
 

@@ -152,6 +152,11 @@ def prune(
         >>> masks.sparsity()
         0.5
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"prune takes a loaded model, got {type(model).__name__} {str(model)!r:.80}; for a directory use "
+            f"sparse_ft.prune_checkpoint(source, output_dir, ...)."
+        )
     settings = check_settings(
         METHODS, pattern=pattern, sparsity=sparsity, method=method, allocation=allocation, exclude=exclude,
         indivisible=indivisible, seed=seed, update_weights=update_weights, block_size=block_size, damping=damping,

@@ -80,7 +80,10 @@ def check_settings(
     if autocast not in (None, True, False):
         raise ValueError(f"autocast is {autocast!r} but must be True (bfloat16), False, or None to go by the model.")
     if lora_alpha is not None and training.weights in (None, "full", "scale_lora"):
-        raise ValueError(f"lora_alpha is given, but train='{training}' has no adapter it applies to; leave it out.")
+        raise ValueError(
+            f"lora_alpha is given, but train (--reconstruct_with) '{training}' has no adapter it applies to; leave it "
+            f"out."
+        )
     return Settings(
         training, granularity, stream, iterations, batch_size, rate, float(warmup), autocast, r, lora_alpha,
         seed, progress,

@@ -70,7 +70,7 @@ def parse_training(text: str) -> Training:
         if part in _OUTSIDE:
             raise ValueError(
                 f"Reconstruction cannot train {part!r}: it works block by block, and {part} lie outside the blocks; "
-                f"leave it out of train={text!r}."
+                f"leave it out of train (--reconstruct_with) {text!r}."
             )
         check_choice("part of train", part, PARTS)
     if FULL not in parts:
@@ -78,10 +78,15 @@ def parse_training(text: str) -> Training:
         return Training(method.adapter, tuple(group for group in GROUPS if group in method.groups))
     twice = next((part for part in parts if parts.count(part) > 1), None)
     if twice is not None:
-        raise ValueError(f"train={text!r} names {twice!r} {parts.count(twice)} times; once is enough.")
+        raise ValueError(
+            f"train (--reconstruct_with) {text!r} names {twice!r} {parts.count(twice)} times; once is enough."
+        )
     adapter = next((part for part in parts if part in ADAPTERS), None)
     if adapter is not None:
-        raise ValueError(f"train={text!r} trains all kept weights and an adapter {adapter!r} on them; choose one.")
+        raise ValueError(
+            f"train (--reconstruct_with) {text!r} trains all kept weights and an adapter {adapter!r} on them; choose "
+            f"one."
+        )
     return Training(FULL, tuple(group for group in GROUPS if group in parts))
 
 
@@ -98,7 +103,7 @@ def grouped_names(model: nn.Module, training: Training, masks: MaskSet, blocks: 
         if not names:
             raise ValueError(
                 f"The blocks of {type(model).__name__} have no {group} to train; leave '{group}' out of "
-                f"train='{training}', or use full."
+                f"train (--reconstruct_with) '{training}', or use full."
             )
         found |= names
     return frozenset(found)

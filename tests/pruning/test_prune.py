@@ -156,7 +156,7 @@ def odd_model() -> nn.Module:
 def test_indivisible_inputs_are_refused_with_the_ways_out() -> None:
     model = odd_model()
     before = copy_of_tensors(model)
-    with pytest.raises(ValueError, match=r"down_proj\.weight' has 36 inputs.*2:8.*exclude=.*down_proj.*dense_tail"):
+    with pytest.raises(ValueError, match=r"down_proj\.weight' has 36 inputs.*2:8.*--exclude\).*down_proj.*dense_tail"):
         prune(model, pattern="2:8", progress=False)
     assert all(same_bits(t, before[k]) for k, t in model.state_dict().items())
 
@@ -253,6 +253,11 @@ def test_nan_and_inf_weights_are_named(method: str, value: float) -> None:
     with pytest.raises(ValueError, match=LATE):
         prune(model, sparsity=0.5, method=method, calibration=batches(model), progress=False)
     assert bool((model.get_parameter("model.layers.0.self_attn.q_proj.weight") != 0).all())
+
+
+def test_a_name_in_place_of_a_model_points_to_prune_checkpoint() -> None:
+    with pytest.raises(ValueError, match=r"loaded model, got str 'dense'; .* sparse_ft\.prune_checkpoint\("):
+        prune("dense", sparsity=0.5)  # type: ignore[arg-type]
 
 
 def test_meta_and_quantised_weights_are_refused() -> None:
