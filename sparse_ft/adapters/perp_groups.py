@@ -51,6 +51,8 @@ def parse_method(text: str) -> PerpMethod:
     """
     parts = [part.strip() for part in text.split("+")]
     known = [*ADAPTERS, *GROUPS]
+    if "" in parts and len(parts) > 1:
+        raise ValueError(f"Method {text!r} has a + with nothing on one side; name a part there, or leave it out.")
     for part in parts:
         if part not in known:
             near = difflib.get_close_matches(part, known, n=1)
@@ -89,10 +91,12 @@ def group_parameters(model: nn.Module, group: str) -> list[str]:
     return list(dict.fromkeys(name for name, parameter in own_parameters(model) if id(parameter) in members))
 
 
-def resolve_groups(model: nn.Module, method: PerpMethod, masks: MaskSet | None) -> dict[str, list[str]]:
+def resolve_groups(
+    model: nn.Module, method: PerpMethod, masks: MaskSet | None, *, warn: bool = True
+) -> dict[str, list[str]]:
     """The groups of a method that this model has, with their parameters; changes nothing.
 
-    Warns of a group that is empty beside others, and of embeddings that are tied to the head.
+    Warns, unless `warn` is off, of a group that is empty beside others, and of embeddings that are tied to the head.
 
     Raises:
         ValueError: if there is nothing to train, or the weights of head or embeddings are shared where that is wrong.
@@ -109,11 +113,12 @@ def resolve_groups(model: nn.Module, method: PerpMethod, masks: MaskSet | None) 
             missing.append(f"{type(model).__name__} {why}")
     if not found and method.adapter is None:
         raise ValueError(f"{'; '.join(missing)}; use another group, or an adapter such as mask_lora.")
-    for sentence in missing:
-        warnings.warn(f"{sentence}; the rest of {method} is trained.", stacklevel=2)
+    doubts = [f"{sentence}; the rest of {method} is trained." for sentence in missing]
     for group in ("head", "embeddings"):
         if group in found:
-            _check_shared(model, group, method)
+            doubts += _check_shared(model, group, method)
+    for doubt in doubts if warn else []:
+        warnings.warn(doubt, stacklevel=2)
     return found
 
 
@@ -140,12 +145,12 @@ def check_rank(model: nn.Module, method: PerpMethod, masks: MaskSet | None, r: i
             raise ValueError(f"r={r} is not between 1 and {min(shape)}, the rank that {name} {shape} can have.")
 
 
-def _check_shared(model: nn.Module, group: str, method: PerpMethod) -> None:
-    """Refuse or warn where training the weight of head or embeddings means training another module's."""
+def _check_shared(model: nn.Module, group: str, method: PerpMethod) -> list[str]:
+    """Refuse, or warnings, where training the weight of head or embeddings means training another module's."""
     weight = _embedding_weight(model, group)
     owners = [name for name, module in model.named_modules() if any(p is weight for p in module._parameters.values())]
     if len(owners) < 2:
-        return
+        return []
     sharers = " and ".join(f"'{name}'" for name in owners)
     if group == "head":
         raise ValueError(
@@ -157,7 +162,7 @@ def _check_shared(model: nn.Module, group: str, method: PerpMethod) -> None:
             f"{sharers} share their weight, but with an adapter only a copy for '{owners[0]}' would be trained; untie "
             f"them (config.tie_word_embeddings = False and a copy of the weight for each), or leave out embeddings."
         )
-    warnings.warn(f"{sharers} share their weight, so training the embeddings changes both.", stacklevel=3)
+    return [f"{sharers} share their weight, so training the embeddings changes both."]
 
 
 def _embedding_weight(model: nn.Module, group: str) -> Tensor | None:

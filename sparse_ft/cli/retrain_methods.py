@@ -6,7 +6,6 @@ joined with "+" in any order: `mask_lora`, `norms`, `biases+norms`, `mask_lora+n
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -82,7 +81,7 @@ class Method:
         """
         if self.perp is None:
             return
-        groups = resolve_groups(model, self.perp, masks)
+        groups = resolve_groups(model, self.perp, masks, warn=False)  # prepare() does
         if how.save_adapter is not None and self.perp.adapter is None and "head" not in groups:
             raise ValueError(f"Method {self.name!r} leaves no adapter to save in this model; leave out --save_adapter.")
         if how.r is not None:
@@ -131,6 +130,8 @@ def choose_method(name: str) -> Method:
             is joined with something.
     """
     parts = [part.strip() for part in name.split("+")]
+    if "" in parts and len(parts) > 1:
+        raise ValueError(f"Method {name!r} has a + with nothing on one side; name a part there, or leave it out.")
     for part in parts:
         check_choice("method", part, [*_ALONE, *ADAPTERS, *GROUPS])
         if part in _ALONE and len(parts) > 1:
@@ -138,11 +139,11 @@ def choose_method(name: str) -> Method:
     return Method(name, None if name in _ALONE else parse_method(name))
 
 
-def check_settings(method: Method, how: RetrainArguments, training: TrainingArguments) -> None:
+def check_settings(method: Method, how: RetrainArguments) -> None:
     """What can be refused without reading a model; the rank gets its default where the method has one.
 
     Raises:
-        ValueError: for an option that the method does not use, or a value that cannot train.
+        ValueError: for an option that the method does not use.
     """
     for option in _ADAPTERS_WITH:
         value = getattr(how, option)
@@ -152,14 +153,6 @@ def check_settings(method: Method, how: RetrainArguments, training: TrainingArgu
         raise ValueError(f"Method {method.name!r} has no adapter to save; leave out --save_adapter.")
     if how.r is None and method.has_option("r"):
         how.r = DEFAULT_RANK
-    if how.r is not None and how.r < 1:
-        raise ValueError(f"--r {how.r} is no rank; give at least 1, usually {DEFAULT_RANK}.")
-    if how.lora_alpha is not None and how.lora_alpha < 1:
-        raise ValueError(f"--lora_alpha {how.lora_alpha} would switch the adapters off; give at least 1, usually 2 r.")
-    if how.lora_dropout is not None and not 0 <= how.lora_dropout < 1:
-        raise ValueError(f"--lora_dropout {how.lora_dropout:g} is not in [0, 1).")
-    if not (training.learning_rate > 0 and math.isfinite(training.learning_rate)):
-        raise ValueError(f"--learning_rate {training.learning_rate:g} trains nothing; give a positive number.")
 
 
 def print_trainable(counts: dict[str, Any]) -> None:

@@ -119,7 +119,7 @@ def test_parts_in_any_order(text: str, expected: PerpMethod) -> None:
     [
         ("mask_lora+nroms", "Unknown part 'nroms' .* Did you mean 'norms'"),
         ("", "Unknown part '' .* Known: mask_lora"),
-        ("norms+", "Unknown part ''"),
+        ("norms+", r"Method 'norms\+' has a \+ with nothing on one side"),
         ("norms+biases+norms", "'norms' 2 times"),
         ("mask_lora+norms+scale_lora", "two adapters, mask_lora and scale_lora"),
     ],
