@@ -15,6 +15,7 @@ import json
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -138,6 +139,11 @@ class CheckpointReader(Mapping[str, Tensor]):
     def _add_pickle(self, file: Path) -> None:
         try:
             tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except UnpicklingError:
+            raise ValueError(
+                f"'{file}' holds more than plain tensors, so opening it could run code; save the model's state_dict as "
+                f"safetensors, on a machine where you trust the file."
+            ) from None
         except Exception as error:
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise ValueError(f"Cannot open '{file}' as a file of plain tensors: {reason}") from error

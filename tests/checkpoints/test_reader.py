@@ -278,9 +278,9 @@ def test_pickles_are_read_only_on_request_and_without_running_code(tmp_path: Pat
     assert all(torch.equal(reader.get(name), tensor) for name, tensor in tensors().items())
     assert reader.shards[0][0] == "model.safetensors"
     torch.save({"w": torch.ones(1), "evil": Callable_}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="plain tensors") as caught:
+    with pytest.raises(ValueError, match="more than plain tensors") as caught:
         CheckpointReader(tmp_path, allow_pickle=True)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and "weights_only" not in str(caught.value), "not torch's way round it"
 
 
 class Callable_:
