@@ -129,8 +129,9 @@ class MaskCallback(TrainerCallback):
             checkpoint of that step in `output_dir` carries).
 
     Raises (from `trainer.train()`):
-        ValueError: before the first step, if a mask's tensor is absent or of another shape, masks is None and the model
-            is dense, nothing is trainable, the processes have different masks, or the model is sharded among them.
+        ValueError: before the first step, if a mask's tensor is absent, packed in 4 bits or of another shape, masks is
+            None and the model is dense, nothing is trainable, the processes have different masks, or the model is
+            sharded among them.
         RuntimeError: if a pruned weight is not zero, trainable parameters of a block get no gradient, or training has
             diverged: weights or, at a log, the gradient are not finite. Loss scaling of fp16 skips such a gradient.
     """
@@ -159,6 +160,7 @@ class MaskCallback(TrainerCallback):
         check_whole(model)
         if self.masks is None:
             self.masks = _masks_of(model, args, state)
+        _check_not_packed(self.masks, model)
         check_same_masks(self.masks, args)
         self._measured = self._check(model, "when training begins", fix="set them to zero with masks.apply_(model)")
         self._check_next_step = True
@@ -258,6 +260,17 @@ class MaskCallback(TrainerCallback):
         kept_zero = sum(s.kept_zero for s in surprises.values())
         total = sum(total for _, total in masks.counts().values())
         return _Sparsity(masks.sparsity() + kept_zero / total, kept_zero)
+
+
+def _check_not_packed(masks: MaskSet, model: nn.Module) -> None:
+    """4-bit loading leaves a column of bytes in a weight's place; 8-bit keeps shape and zeros, so it can be checked."""
+    for name, weight in named_weights(model).items():
+        if name in masks and not weight.is_floating_point() and tuple(weight.shape) != masks.shape(name):
+            raise ValueError(
+                f"'{name}' is packed, {str(weight.dtype).removeprefix('torch.')} {tuple(weight.shape)} in place of "
+                f"{masks.shape(name)}, as 4-bit loading does it: such a weight can be neither trained nor checked; "
+                f"load the model in 16 or 32 bits, or train an adapter (sparse_ft.MaskLoraConfig) without MaskCallback."
+            )
 
 
 def _check_finite(model: nn.Module, suspects: set[str], when: str) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from sparse_ft.masks import MASKS_FILE, MaskSet
@@ -45,6 +46,21 @@ def test_a_weight_revived_while_saving_is_found(
     make_trainer(model, [MaskCallback(masks)], **arguments).train(resume_from_checkpoint=checkpoint)
     masks.verify(model)
     assert is_complete_checkpoint(refused), "the resumed run has written over it"
+
+
+def test_a_weight_packed_in_four_bits_is_refused_in_one_sentence(
+    sparse_model: SparseModel, make_trainer: MakeTrainer
+) -> None:
+    """As bitsandbytes leaves it: two weights per byte, in one column."""
+    model, masks = sparse_model()
+    layer = model.model.layers[0].self_attn.q_proj
+    packed = torch.zeros(layer.weight.numel() // 2, 1, dtype=torch.uint8)
+    layer.weight = torch.nn.Parameter(packed, requires_grad=False)
+    with pytest.raises(
+        ValueError, match=r"q_proj\.weight' is packed, uint8 \(512, 1\) in place of \(32, 32\)"
+    ) as caught:
+        make_trainer(model, [MaskCallback(masks)], max_steps=1).train()
+    assert "\n" not in str(caught.value) and "MaskLoraConfig" in str(caught.value)
 
 
 class Failure(TrainerCallback):
