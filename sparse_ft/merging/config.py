@@ -1,7 +1,8 @@
 """mergekit's YAML as frozen dataclasses, checked: the reader's only, nothing is opened or downloaded here.
 
 Beside mergekit's keys there are `compat: mergekit` (its formulas where they differ from the papers'), `seed`, and
-`preserve_masks` (what happens to the zeros of sparse models). All three are optional; a file for mergekit is read unchanged.
+`preserve_masks` (what happens to the zeros of sparse models). All three are optional, so a file
+for mergekit is read unchanged.
 
 Example:
     >>> config = parse_config(read_yaml("merge_method: linear\\nmodels: [{model: a, parameters: {weight: 1}}]", "x"))
@@ -179,15 +180,15 @@ def _modules(content: Mapping[str, Any], notes: list[str]) -> tuple[Module, ...]
     modules = content["modules"]
     if not isinstance(modules, Mapping) or not modules:
         raise ValueError("'modules' must be a mapping from a module's name to its 'models' or 'slices'.")
-    found = []
+    parts = []
     for name, entry in modules.items():
         _check_keys(_mapping(entry, f"modules.{name}"), ("models", "slices", "parameters"), f"modules.{name}")
         if (entry.get("models") is None) == (entry.get("slices") is None):
             raise ValueError(f"modules.{name} needs exactly one of 'models' and 'slices'.")
         part = _module(str(name), entry, f"modules.{name}.", notes)
         settings = _settings(entry.get("parameters"), f"modules.{name}.parameters")
-        found.append(Module(part.name, part.slices, part.whole, settings))
-    return tuple(found)
+        parts.append(Module(part.name, part.slices, part.whole, settings))
+    return tuple(parts)
 
 
 def _module(name: str | None, content: Mapping[str, Any], where: str, notes: list[str]) -> Module:
@@ -207,9 +208,7 @@ def _check_duplicates(part: OutputSlice, where: str) -> None:
     names = [source.model.text for source in part.sources]
     for name in names:
         if names.count(name) > 1:
-            raise ValueError(
-                f"{where} lists the model '{name}' {names.count(name)} times; list it once and add weights."
-            )
+            raise ValueError(f"{where} lists the model '{name}' {names.count(name)} times; list it once.")
 
 
 def _model(entry: object, where: str) -> SliceSource:

@@ -154,8 +154,8 @@ def impose(directory: Path, masks: MaskSet) -> None:
         infos, _ = read_header(directory / file)
         for name in (name for name in names if name in masks):
             info = infos[name]
-            place = {"mode": "r+", "offset": info.start, "shape": (info.stop - info.start,)}
-            stored = np.memmap(directory / file, dtype=np.uint8, **place)
+            size = info.stop - info.start
+            stored = np.memmap(directory / file, dtype=np.uint8, mode="r+", offset=info.start, shape=(size,))
             mask_(torch.from_numpy(stored).view(info.dtype).view(info.shape), keep_bits(masks[name]))
             stored.flush()
 

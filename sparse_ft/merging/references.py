@@ -1,4 +1,4 @@
-"""How a merge configuration names a model, and the directory that is meant: `path_or_repo[@revision][+lora[@revision]]`.
+"""How a merge configuration names a model, `path_or_repo[@revision][+lora[@revision]]`, and the directory meant.
 
 Example:
     >>> ref = ModelRef.parse("org/base@main+org/lora")

@@ -3,7 +3,7 @@
 A setting is a scalar, a gradient over the layers, or a list of cases that look at the tensor's name:
 
     weight: 0.4                                                    # the same everywhere
-    density: [0.9, 0.5, 0.3]                                       # first, middle and last layer, straight lines between
+    density: [0.9, 0.5, 0.3]                                       # first, middle and last layer, linear between
     t: [{filter: self_attn, value: [0, 0.5, 1]}, {value: 0.3}]     # first case whose filter is a part of the name
 
 Example:

@@ -1,4 +1,4 @@
-"""What a merge configuration says about the output's vocabulary: `tokenizer_source`, or `tokenizer` with more detail."""
+"""What a merge configuration says about the output's vocabulary: `tokenizer_source`, or `tokenizer` in detail."""
 
 from __future__ import annotations
 
