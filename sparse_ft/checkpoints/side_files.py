@@ -14,8 +14,8 @@ _WANTED = (
 )  # fmt: skip
 # They describe other weights, another training run or another result than the ones in the new directory.
 _UNWANTED = (
-    "*.index.json", "sparse_ft.json", "adapter_config.json", "trainer_state.json", "*_results.json", "report*.json",
-    "requirements*.txt",
+    "*.index.json", "sparse_ft.json", "merge.json", "adapter_config.json", "trainer_state.json", "*_results.json",
+    "report*.json", "requirements*.txt",
 )  # fmt: skip
 
 

@@ -86,7 +86,7 @@ class OpenModel:
         return None if self.declared_tied and self.embedding else stored
 
 
-def open_models(refs: Iterable[ModelRef], *, allow_pickle: bool = False) -> dict[str, OpenModel]:
+def open_models(refs: Iterable[ModelRef]) -> dict[str, OpenModel]:
     """Find and open every model, by label.
 
     Raises:
@@ -96,12 +96,12 @@ def open_models(refs: Iterable[ModelRef], *, allow_pickle: bool = False) -> dict
     opened: dict[str, OpenModel] = {}
     places: dict[tuple[str, str], str] = {}
     for ref in refs:
-        found = locate(ref, allow_pickle=allow_pickle)
+        found = locate(ref)
         place = (os.path.realpath(found.path), os.path.realpath(found.adapter) if found.adapter else "")
         if place in places:
             raise ValueError(f"'{ref.text}' and '{places[place]}' are the same model; name it the same way, once.")
         places[place] = ref.text
-        opened[ref.text] = _open(found, allow_pickle)
+        opened[ref.text] = _open(found)
     return opened
 
 
@@ -122,9 +122,9 @@ def read_json(directory: Path, name: str) -> dict[str, Any]:
     return content
 
 
-def _open(found: MergeInput, allow_pickle: bool) -> OpenModel:
+def _open(found: MergeInput) -> OpenModel:
     config = read_json(found.path, CONFIG_FILE)
-    reader = CheckpointReader(found.path, allow_pickle=allow_pickle)
+    reader = CheckpointReader(found.path)
     _refuse_quantised(found, config, reader)
     adapter = load_lora(found.adapter) if found.adapter else None
     model = OpenModel(found, reader, config, adapter)

@@ -71,8 +71,8 @@ class TensorPlan:
         parameters: settings of the whole tensor: `normalize`, `rescale`, `lambda`, `t`.
         copy: take this tensor as it is (cast to `dtype`), merging nothing: integer buffers, tensors of one model only.
         fallbacks: where a source (or the base) has `NO_ROW`, it takes the row of the first of these that has one, else
-            the base's, else the mean of all `sources` that have one (in fp32), else zeros. So one row is what every
-            model without that row takes, and `vocabulary.take_rows` computes it.
+            the base's, else the mean of all `sources` that have one (in fp32), else zeros. So it is one row that
+            every model without a row of its own takes.
     """
 
     name: str

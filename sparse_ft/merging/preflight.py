@@ -7,6 +7,7 @@ not meant (a wrong base, tokens without a row) is a warning with its numbers.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +28,8 @@ LARGE_DELTA = 1e-2
 _SAMPLED_TENSORS = 4
 _SAMPLED_ROWS = 64
 _SAMPLED_NUMEL = 1 << 18
-#: Python, torch and the buffers of the engine, without a weight.
-_PROGRAM_BYTES = 350_000_000
+#: Python, torch and the engine's buffers, whatever the size of the models.
+_PROGRAM_BYTES = 500_000_000
 _WIDTH_KEYS = ("hidden_size", "n_embd", "d_model")
 
 
@@ -142,7 +143,7 @@ def preflight(planned: Planned, models: Mapping[str, OpenModel], notes: Sequence
         facts,
         tuple(sorted(dict.fromkeys(found), key=lambda note: not note.startswith("warning: "))),
         sum(tensor_bytes(tensor.dtype, tensor.shape) for tensor in tensors),
-        _peak_bytes(planned),
+        _peak_bytes(models),
         len(tensors),
         sum(tensor.copy is not None for tensor in tensors),
     )
@@ -226,10 +227,10 @@ def _warnings(facts: Sequence[ModelFacts], models: Mapping[str, OpenModel]) -> l
     return found
 
 
-def _peak_bytes(planned: Planned) -> int:
-    """The largest output tensor is mapped once per input and once written; the rest does not grow with the model."""
-    largest = max(tensor_bytes(tensor.dtype, tensor.shape) for tensor in planned.plan.tensors)
-    return _PROGRAM_BYTES + min(largest, 1 << 28)
+def _peak_bytes(models: Mapping[str, OpenModel]) -> int:
+    """What does not grow with the model, and the product of an adapter, which is formed whole, with its parts."""
+    adapted = [math.prod(t.shape) for model in models.values() if model.adapter for t in model.adapter.values()]
+    return _PROGRAM_BYTES + 3 * 4 * max(adapted, default=0)
 
 
 def _size(count: int) -> str:

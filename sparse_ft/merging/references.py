@@ -14,7 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sparse_ft.checkpoints import resolve_checkpoint
-from sparse_ft.checkpoints.resolve import ADAPTER_CONFIG_FILE, CONFIG_FILE
+from sparse_ft.checkpoints.resolve import (
+    ADAPTER_CONFIG_FILE,
+    CONFIG_FILE,
+    INDEX_FILE,
+    PICKLE_FILE,
+    PICKLE_INDEX_FILE,
+    WEIGHTS_FILE,
+    download_adapter,
+    weights_file,
+)
 from sparse_ft.merging.plan import MergeInput
 from sparse_ft.merging.settings import nearest
 
@@ -58,28 +67,36 @@ class ModelRef:
         return cls(text, name, revision, lora or None, lora_revision)
 
 
-def locate(ref: ModelRef, *, allow_pickle: bool = False) -> MergeInput:
+def locate(ref: ModelRef) -> MergeInput:
     """Find a model's files, on disk or on the Hub.
 
     A directory that holds a LoRA adapter and no model stands for the adapter on the base its config names.
 
     Raises:
         FileNotFoundError: if there is no such directory or repository, or it lacks config or weights.
-        ValueError: if it holds only pickled weights and `allow_pickle` is False, or an adapter without a known base.
+        ValueError: if it holds only pickled weights, or an adapter without a known base.
     """
     if ref.adapter is None and _holds_adapter_only(Path(ref.model)):
         base = _base_of_adapter(Path(ref.model), ref.text)
-        return MergeInput(ref.text, resolve_checkpoint(base, allow_pickle=allow_pickle), Path(ref.model))
-    path = resolve_checkpoint(ref.model, allow_pickle=allow_pickle, revision=ref.revision)
+        return MergeInput(ref.text, _checkpoint(base, None), Path(ref.model))
+    path = _checkpoint(ref.model, ref.revision)
     return MergeInput(ref.text, path, _locate_adapter(ref) if ref.adapter else None)
+
+
+def _checkpoint(name: str, revision: str | None) -> Path:
+    """A directory with safetensors weights: pickled ones cannot be read piece by piece."""
+    path = resolve_checkpoint(name, revision=revision, needs_weights=False)
+    pickled = [file for file in (PICKLE_FILE, PICKLE_INDEX_FILE) if (path / file).exists()]
+    if pickled and not any((path / file).exists() for file in (WEIGHTS_FILE, INDEX_FILE)):
+        raise ValueError(f"'{name}' holds only pickled weights ({pickled[0]}); convert them to safetensors first.")
+    weights_file(path)
+    return path
 
 
 def _locate_adapter(ref: ModelRef) -> Path:
     name = str(ref.adapter)
     path = Path(name)
     if not path.is_dir():
-        from sparse_ft.checkpoints.resolve import download_adapter
-
         path = download_adapter(name, revision=ref.adapter_revision)
     if not (path / ADAPTER_CONFIG_FILE).is_file():
         raise FileNotFoundError(f"'{name}' in '{ref.text}' has no {ADAPTER_CONFIG_FILE}; give a directory PEFT wrote.")

@@ -9,16 +9,14 @@ Only ids and names are handled here; `output_tokenizer.py` reads and writes toke
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from sparse_ft.merging.plan import NO_ROW, ZERO_ROW, Source, TensorPlan
+from sparse_ft.merging.plan import NO_ROW, ZERO_ROW
 from sparse_ft.merging.token_config import TokenSource
 
 Rows = NDArray[np.int64]
@@ -95,49 +93,6 @@ def match_rows(
 def leading_rows(count: int) -> Rows:
     """The first rows, in order."""
     return np.arange(count, dtype=np.int64)
-
-
-def take_rows(
-    tensor: TensorPlan, source: Source, start: int, stop: int, read: Callable[[Source, Rows], Tensor]
-) -> Tensor:
-    """Rows `start .. stop` of a source as it takes part in an output tensor, missing ones filled.
-
-    Args:
-        tensor: the output tensor.
-        source: one of its sources, its base or its copy.
-        start: first output row.
-        stop: one past the last.
-        read: given a source and rows (n,) of its own tensor, those rows (n, ...), fp32.
-
-    Returns:
-        (stop - start, ...), fp32.
-    """
-    out = torch.zeros(stop - start, *tensor.shape[1:])
-    missing = _fill(out, source, np.ones(stop - start, dtype=np.bool_), start, read)
-    for other in (*tensor.fallbacks, *((tensor.base,) if tensor.base is not None else ())):
-        if missing.any() and other is not source:
-            missing &= _fill(out, other, missing, start, read)
-    if missing.any():
-        total, count = torch.zeros_like(out), torch.zeros(stop - start)
-        for other in tensor.sources:
-            part = torch.zeros_like(out)
-            had = missing & ~_fill(part, other, missing, start, read)
-            total += part
-            count += torch.from_numpy(had.astype(np.float32))
-        mean = total / count.clamp(min=1).view(-1, *[1] * (total.ndim - 1))
-        out[torch.from_numpy(missing)] = mean[torch.from_numpy(missing)]
-    return out
-
-
-def _fill(
-    out: Tensor, source: Source, wanted: NDArray[np.bool_], start: int, read: Callable[[Source, Rows], Tensor]
-) -> NDArray[np.bool_]:
-    """Put the wanted rows a source has into `out`; which of them it has not."""
-    mine = np.arange(start, start + len(out)) if source.rows is None else source.rows[start : start + len(out)]
-    have = wanted & (mine >= 0)
-    if have.any():
-        out[torch.from_numpy(have)] = read(source, mine[have])
-    return wanted & (mine == NO_ROW)
 
 
 def _rows_of(tokens: Tokens, ids: Mapping[str, int], size: int, padding: str | None) -> Rows:
