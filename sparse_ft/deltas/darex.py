@@ -5,8 +5,8 @@
 f is anything to be made large: a metric on labelled data (1/q_v in the paper) or, without labels, minus the change of
 the model's outputs (1/q_e); `darex_objectives.py` makes both. The first point of every search is DARE itself, so on f
 the result is never below it. One scale serves the whole model (`search_scale`, the authors' advice for decoders), or
-each tensor has its own: along the one-parameter family of an analytic form (`search_eta`), or one group of tensors after
-the other (`search_scales_per_layer`).
+each tensor has its own: along the one-parameter family of an analytic form (`search_eta`), or one group of tensors
+after the other (`search_scales_per_layer`).
 
 Example:
     >>> found = search_scale(lambda q: -abs(q - 0.04), density=0.01)
@@ -141,7 +141,8 @@ def search_grid(
 
 
 def _coarse_grid(low: float, high: float, step: float) -> Iterator[float]:
-    for index in range(math.ceil((high - low) / step - _SAME)):
+    yield low
+    for index in range(1, math.ceil((high - low) / step - _SAME)):
         yield low + index * step
     yield high
 

@@ -40,6 +40,7 @@ from sparse_ft.deltas.random_mask import check_density
 from sparse_ft.models import matrix_view
 
 Form = Literal["published", "closed_form_eta", "closed_form_mse"]
+_SCAN_CHUNK = 64  # values of q scanned together: the table of a wide layer stays in the cache
 FORMS: tuple[Form, ...] = ("published", "closed_form_eta", "closed_form_mse")
 
 
@@ -173,7 +174,7 @@ def published_scale(
     """The scale of one layer by the published scan: per row the q with the smallest residual, averaged over rows.
 
     All rows step through q = density + i * spacing together. A row takes each q whose residual is no larger than its
-    smallest so far, and counts as stopped once a residual was not smaller; the scan ends when `stop_share` of them have.
+    smallest so far, and counts as stopped once a residual was not smaller; the scan ends when `stop_share` have.
     Rows without any delta say nothing about q and are left out. The sign of S is kept, as published: a row with S < 0
     may find the q where the residual crosses zero instead of a minimum.
 
@@ -211,13 +212,19 @@ def published_scale(
     best = torch.full_like(sums, math.inf)
     scales = torch.full_like(sums, density)
     stopped = torch.zeros_like(sums, dtype=torch.bool)
-    for index in range(max(int((high - density) / spacing + 1e-6), 0) + 1):
-        q = density + index * spacing
-        residual = (eta * (1 - density / q) * sums + noise / q**2 + offset).abs()
-        stopped |= residual >= best
-        better = residual <= best
-        scales[better], best[better] = q, residual[better]
-        if float(stopped.double().mean()) >= stop_share:
+    steps = torch.arange(max(int((high - density) / spacing + 1e-6), 0) + 1, device=sums.device)
+    for part in steps.split(_SCAN_CHUNK):
+        q = density + part.double() * spacing
+        residual = (eta * (1 - density / q) * sums[:, None] + noise[:, None] / q**2 + offset).abs()
+        smallest = torch.cat([best[:, None], residual], 1).cummin(1).values  # column j: before the j-th q
+        stops = ((residual >= smallest[:, :-1]).cumsum(1) > 0) | stopped[:, None]
+        enough = (stops.double().mean(0) >= stop_share).nonzero()
+        count = int(enough[0]) + 1 if len(enough) else len(part)
+        better = residual[:, :count] <= smallest[:, :count]
+        last = (better * torch.arange(1, count + 1, device=sums.device)).amax(1)  # 0: none
+        scales = torch.where(last > 0, q[(last - 1).clamp(min=0)], scales)
+        best, stopped = smallest[:, count], stops[:, count - 1]
+        if len(enough):
             break
     return float(scales.mean())
 

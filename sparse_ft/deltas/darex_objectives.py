@@ -10,8 +10,8 @@ Example:
     >>> with DeltaProbe(model, base_state, density=0.01) as probe:
     ...     found = search_scale(output_objective(probe, batches, kind="logits"), density=0.01)
 
-Limits: use text of the training set, never of the test set; the paper used 50 windows of 128 tokens (encoders) or 100 of
-256 (decoders).
+Limits: use text of the training set, never of the test set; the paper used 50 windows of 128 tokens (encoders) or 100
+of 256 (decoders).
 
 Source: Deng et al. 2024, "DARE the Extreme", arXiv 2410.09344, section 4.1, 1/q_v and 1/q_e.
 """
@@ -240,6 +240,7 @@ def _over_seeds(probe: DeltaProbe, score: Callable[[], float], seeds: Sequence[i
     if not seeds:
         raise ValueError("seeds is empty; use at least one mask seed.")
 
+    @torch.no_grad()
     def objective(scale: Scale) -> float:
         scores = []
         for seed in seeds:

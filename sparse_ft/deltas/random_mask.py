@@ -36,7 +36,8 @@ GAPS_UP_TO = 1 / 32
 #: Elements per independent run of gaps.
 GAP_BLOCK = 1 << 20
 
-_ELEMENTS_PER_COUNT = 32  # four 64-bit words for each count of the generator, one byte per element
+_WORDS_PER_COUNT = 4  # 64-bit words for each count of the generator
+_ELEMENTS_PER_COUNT = 32  # one byte per element
 _BLOCK_BYTES = 1 << 17  # random bytes in flight: they stay in the second-level cache
 _EDGE = 1e-9  # farther from a whole number than this, no rounding of a logarithm can matter
 
@@ -93,6 +94,17 @@ def random_positions(
     if 0.0 < density <= GAPS_UP_TO:
         return _gap_positions(_keys(seed, role, name), density, start, start + numel) - start
     return np.flatnonzero(random_keep(numel, density, seed=seed, name=name, role=role, start=start))
+
+
+def random_uniform(numel: int, *, seed: int, name: str, role: str = "", start: int = 0) -> NDArray[np.float64]:
+    """Numbers from [0, 1) of the flat elements `start .. start + numel` of a tensor, for probabilities that differ.
+
+    The arguments are those of `random_keep`.
+    """
+    count = start // _WORDS_PER_COUNT
+    skipped = start - count * _WORDS_PER_COUNT
+    words = _philox(_keys(seed, role, name), (count, 0, 0, 2)).random_raw(skipped + numel)[skipped:]
+    return np.asarray((words >> np.uint64(11)) * 2.0**-53, dtype=np.float64)
 
 
 def _keys(seed: int, role: str, name: str) -> tuple[int, int]:
@@ -162,7 +174,8 @@ def _block_positions(keys: tuple[int, int], density: float, block: int) -> NDArr
 def _gaps(words: NDArray[np.uint64], density: float) -> NDArray[np.int64]:
     """Number of dropped elements before the next kept one, geometrically distributed; at most a block."""
     u = ((words >> np.uint64(11)) + np.uint64(1)).astype(np.float64) * 2.0**-53
-    steps = np.minimum(np.log(u) / math.log1p(-density), float(GAP_BLOCK))
+    with np.errstate(over="ignore"):  # a density near the smallest float: infinitely many, cut to a block
+        steps = np.minimum(np.log(u) / math.log1p(-density), float(GAP_BLOCK))
     gaps = np.floor(steps).astype(np.int64)
     nearest = np.rint(steps)
     for index in np.flatnonzero(np.abs(steps - nearest) < _EDGE * (1 + nearest)):

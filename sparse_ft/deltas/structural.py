@@ -187,9 +187,9 @@ def drop_neurons(
 def neuron_groups(model: nn.Module) -> list[NeuronGroup]:
     """The neurons of a model's feed-forward layers, found by structure.
 
-    A group is one projection that reads I features, and the one or two beside it that make I features out of as many as
-    the last one gives, I being another number. "Beside" means the same module, or, for projections that are alone in
-    theirs (BERT's), the same block. Experts stacked in one tensor are not listed.
+    A group is one projection that reads I features, and the one or two defined before it that make I features out of as
+    many as the last one gives, I being another number. They lie in the same module, or, for projections that are alone
+    in theirs (BERT's), in the same block. Experts stacked in one tensor are not listed.
 
     Args:
         model: any transformers model.
@@ -221,10 +221,10 @@ def neuron_groups(model: nn.Module) -> list[NeuronGroup]:
 
 def _groups_of(parent: str, targets: list[Target], weights: Mapping[str, Tensor]) -> list[NeuronGroup]:
     groups = []
-    for last in targets:
+    for index, last in enumerate(targets):
         inner, outer = last.in_features, _out_features(last)
         readers = [t for t in targets if t.in_features == inner]
-        makers = [t for t in targets if _out_features(t) == inner]
+        makers = [t for t in targets[:index] if _out_features(t) == inner]
         if inner == outer or len(readers) != 1 or len(makers) not in (1, 2):
             continue
         if any(maker.in_features != outer for maker in makers):

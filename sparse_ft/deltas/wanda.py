@@ -43,8 +43,8 @@ def wanda_keep(delta: Tensor, input_norms: Tensor, *, density: float) -> Tensor:
     check_delta(delta)
     if delta.ndim < 2 or input_norms.shape[-1:] != delta.shape[-1:]:
         raise ValueError(
-            f"The delta has shape {tuple(delta.shape)} and the input norms {tuple(input_norms.shape)}; pass an (out, in)"
-            " delta and one norm per input, and prune tensors without inputs by magnitude."
+            f"The delta has shape {tuple(delta.shape)} and the input norms {tuple(input_norms.shape)}; pass an "
+            "(out, in) delta and one norm per input, and prune tensors without inputs by magnitude."
         )
     if not bool((input_norms >= 0).all()) or not bool(input_norms.isfinite().all()):
         raise ValueError("The input norms contain negative, NaN or infinite values; check the calibration inputs.")
