@@ -13,7 +13,6 @@ Example:
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -22,9 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from sparse_ft.masks import mask_file
+from sparse_ft.masks.making import masks_of_scores, masks_of_zeros
 from sparse_ft.masks.packing import count_bits, pack_bits, unpack_bits
-from sparse_ft.masks.pattern import Pattern, check_sparsity, pattern_for
-from sparse_ft.masks.selection import keep_largest, keep_largest_globally, keep_largest_per_row, keep_n_of_m
+from sparse_ft.masks.pattern import Pattern, pattern_for
 from sparse_ft.models.names import canonical_name, named_weights
 from sparse_ft.models.targets import Target, find_targets, matrix_view
 
@@ -256,23 +255,7 @@ class MaskSet(Mapping[str, Tensor]):
             if not isinstance(model, nn.Module):
                 raise ValueError("from_zeros needs `targets` when given tensors instead of a model.")
             targets = find_targets(model)
-        weights, masks = named_weights(model), {}
-        for target in targets:
-            nonzero = matrix_view(weights[target.name].detach() != 0, target.input_dim)
-            if float((~nonzero).float().mean()) < min_sparsity:
-                mask = torch.ones_like(nonzero)
-            elif parsed.n is not None and parsed.m is not None:
-                mask = keep_n_of_m(nonzero.to(torch.uint8), parsed.n, parsed.m)
-                _check_pattern_of_zeros(target.name, nonzero & ~mask, parsed)
-            else:
-                mask = nonzero
-            masks[target.name] = matrix_view(mask, target.input_dim).contiguous()
-        kept, total = sum(int(m.sum()) for m in masks.values()), sum(m.numel() for m in masks.values())
-        if total - kept < min_sparsity * total:
-            raise ValueError(
-                f"The model is dense: {total - kept} of its {total} prunable weights are zero; prune it first "
-                f"(sparse_ft.prune or `sparse-ft prune`), or pass its masks."
-            )
+        masks = masks_of_zeros(named_weights(model), targets, parsed, min_sparsity)
         dense_or = {n: parsed if not bool(m.all()) else Pattern() for n, m in masks.items()}
         return cls(masks, pattern=dense_or, input_dims={t.name: t.input_dim for t in targets})
 
@@ -304,25 +287,8 @@ class MaskSet(Mapping[str, Tensor]):
             0.5
         """
         parsed = Pattern.parse(pattern)
-        if not scores:
-            raise ValueError("A MaskSet needs at least one tensor of scores, got none.")
         dims = {n: (input_dims or {}).get(n, s.ndim - 1) for n, s in scores.items()}
-        share = check_sparsity(parsed, sparsity)
-        if scope not in ("tensor", "row", "global"):
-            raise ValueError(f"Unknown scope '{scope}'; use 'tensor', 'row' or 'global'.")
-        if parsed.n is None and scope == "global":
-            return cls(keep_largest_globally(scores, share), pattern=parsed, input_dims=dims)
-        masks = {}
-        for name, score in scores.items():
-            view = matrix_view(score, dims[name])
-            if parsed.n is not None and parsed.m is not None:
-                mask = keep_n_of_m(view, parsed.n, parsed.m)
-            elif scope == "row":
-                mask = keep_largest_per_row(view, view.shape[-1] - math.floor(share * view.shape[-1]))
-            else:
-                mask = matrix_view(keep_largest(score, score.numel() - round(share * score.numel())), dims[name])
-            masks[name] = matrix_view(mask, dims[name]).contiguous()
-        return cls(masks, pattern=parsed, input_dims=dims)
+        return cls(masks_of_scores(scores, parsed, sparsity, scope, dims), pattern=parsed, input_dims=dims)
 
     # -- arithmetic --------------------------------------------------------------------------------------------------
 
@@ -404,12 +370,3 @@ def tensor_digest(weight: Tensor) -> str:
     """SHA-256 over the values of one tensor as contiguous fp32."""
     values = weight.detach().to(device="cpu", dtype=torch.float32).contiguous()
     return hashlib.sha256(values.view(-1).view(torch.uint8).numpy().data).hexdigest()
-
-
-def _check_pattern_of_zeros(name: str, excess: Tensor, pattern: Pattern) -> None:
-    count = int(excess.sum())
-    if count:
-        raise ValueError(
-            f"'{name}' is not {pattern} sparse: {count} non-zero weights exceed {pattern.n} in their group of "
-            f"{pattern.m}; use pattern 'unstructured' or prune it again."
-        )
