@@ -116,6 +116,9 @@ class PruneArguments:
     block_size: int = option(128, "sparsegpt: columns per block")
     damping: float = option(0.01, "sparsegpt: share of the mean diagonal added to the Hessian")
     min_keep: float = option(0.0005, "global allocation: floor on what a layer keeps, as a share of all weights")
+    inside: str | None = option(
+        None, "masks of an earlier pruning (its directory): weights removed there stay removed, counts are of the whole"
+    )
     device: str | None = option(None, "where a block is computed; by default cuda if there is one, else cpu")
 
 

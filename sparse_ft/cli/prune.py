@@ -63,11 +63,19 @@ def run(argv: Sequence[str]) -> int:
     if METHODS[how.method].statistic is not None and text.dataset is None:
         raise ValueError(f"Method {how.method!r} looks at the model's activations; name a text with --dataset.")
     device = choose_device(how.device)
+    inside = MaskSet.load(how.inside) if how.inside is not None else None
     with open_source(model) as source:
-        return _prune(groups, argv, source, output_dir, device)
+        return _prune(groups, argv, source, output_dir, device, inside)
 
 
-def _prune(groups: Sequence[Any], argv: Sequence[str], source: Path, output_dir: Path, device: torch.device) -> int:
+def _prune(
+    groups: Sequence[Any],
+    argv: Sequence[str],
+    source: Path,
+    output_dir: Path,
+    device: torch.device,
+    inside: MaskSet | None,
+) -> int:
     """Read the texts, then evaluate, prune, evaluate again and publish."""
     model, output, text, how, calibration, evaluation = groups
     needs_text = METHODS[how.method].statistic is not None
@@ -79,7 +87,8 @@ def _prune(groups: Sequence[Any], argv: Sequence[str], source: Path, output_dir:
     evaluations = [_evaluate(source, eval_text, length, evaluation, "dense", device)] if eval_text else []
     older = MaskSet.load(source) if (source / MASKS_FILE).exists() else None
     with atomic_directory(output_dir, overwrite=output.overwrite) as directory:
-        masks = prune_checkpoint(source, directory, calibration=batches, device=device, **_settings(how, output.seed))
+        settings = _settings(how, output.seed)
+        masks = prune_checkpoint(source, directory, calibration=batches, inside=inside, device=device, **settings)
         copy_side_files(source, directory)
         if eval_text:
             evaluations.append(_evaluate(directory, eval_text, length, evaluation, "pruned", device))
@@ -149,11 +158,12 @@ def _forgotten(source: Path, masks: MaskSet, older: MaskSet | None, name: str) -
     if lost == 0 or (older is None and lost < _CHANCE * total):
         return ""
     has_masks = "" if older is None else " (in masks of another pattern or sparsity)"
-    older_masks = "MaskSet.from_zeros(model)" if older is None else f"MaskSet.load({name!r})"
+    remedy = f"add --inside '{name}'"
+    if older is None:
+        remedy = "use Python: sparse_ft.prune(model, ..., inside=sparse_ft.MaskSet.from_zeros(model))"
     return (
         f"warning: '{name}' already had {zeros / total:.2%} zeros{has_masks}, of which {lost / zeros:.2%} now count as "
-        f"kept weights and may be trained; to go on from its zeros, use Python: "
-        f"sparse_ft.prune(model, ..., inside=sparse_ft.{older_masks})."
+        f"kept weights and may be trained; to go on from its zeros, {remedy}."
     )
 
 

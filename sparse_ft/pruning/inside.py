@@ -108,12 +108,35 @@ def check_inside(
                 f"exclude (--exclude) and indivisible (--indivisible)."
             )
     for target in targets:
-        if target.name in inside and inside.shape(target.name) != target.shape:
-            raise ValueError(
-                f"'{target.name}' has shape {target.shape} but the mask to stay inside has "
-                f"{inside.shape(target.name)}; they are of two models."
-            )
+        _check_shape(target.name, target.shape, inside)
         for budget in budgets_inside(target, budgets[target.name], inside):
             if budget.inside is not None:
                 count = {"removed_per_row": budget.removed_per_row} if by_row else {"removed": budget.removed}
                 check_room(budget.inside, budget.pattern, name=budget.matrix, **count)
+
+
+def check_zeros(inside: MaskSet, weights: Mapping[str, Tensor]) -> None:
+    """Refuse an older mask whose removed weights are alive: statistics and thresholds would count them.
+
+    Args:
+        inside: the older masks.
+        weights: some of the tensors that will be pruned, by canonical name.
+
+    Raises:
+        ValueError: if a removed weight is not zero, or a mask has another shape.
+    """
+    for name in inside.keys() & weights.keys():
+        _check_shape(name, tuple(weights[name].shape), inside)
+        alive = int((weights[name].detach()[~inside[name].to(weights[name].device)] != 0).sum())
+        if alive:
+            raise ValueError(
+                f"{alive} weights of '{name}' are not zero though the mask to stay inside removed them; call "
+                f"inside.apply_(model) first, or prune the model these masks were saved with."
+            )
+
+
+def _check_shape(name: str, shape: tuple[int, ...], inside: MaskSet) -> None:
+    if name in inside and inside.shape(name) != shape:
+        raise ValueError(
+            f"'{name}' has shape {shape} but the mask to stay inside has {inside.shape(name)}; they are of two models."
+        )

@@ -74,11 +74,18 @@ class PackedMasks:
             self._packed[name], self._shapes[name] = pack_bits(mask).cpu(), mask.shape
 
     def as_mask_set(self, targets: Sequence[Target], settings: Settings) -> MaskSet:
-        """The masks as a `MaskSet`, in the order of the targets."""
+        """The masks as a `MaskSet`, in the order of the targets.
+
+        Raises:
+            RuntimeError: if they are not inside the older masks, which is a defect of the method.
+        """
         return_free_memory()
         packed = {target.name: self._packed[target.name] for target in targets}
         axes = {target.name: target.input_dim for target in targets}
-        return MaskSet.from_packed(packed, self._shapes, pattern=settings.pattern, input_dims=axes)
+        masks = MaskSet.from_packed(packed, self._shapes, pattern=settings.pattern, input_dims=axes)
+        if settings.inside is not None and not masks <= settings.inside:
+            raise RuntimeError(f"Method '{settings.method}' kept weights that the mask to stay inside had removed.")
+        return masks
 
 
 @torch.no_grad()

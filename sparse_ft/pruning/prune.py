@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sparse_ft.masks import MaskSet, Pattern
 from sparse_ft.models import find_blocks, find_targets
 from sparse_ft.pruning.calibration import prepare_calibration
-from sparse_ft.pruning.inside import check_inside
+from sparse_ft.pruning.inside import check_inside, check_zeros
 from sparse_ft.pruning.magnitude import magnitude_mask
 from sparse_ft.pruning.matrices import PackedMasks, matrices_of, owners_of_weights, prune_matrices
 from sparse_ft.pruning.plan import (
@@ -152,11 +152,7 @@ def prune(
         >>> masks.sparsity()
         0.5
     """
-    if not isinstance(model, nn.Module):
-        raise ValueError(
-            f"prune takes a loaded model, got {type(model).__name__} {str(model)!r:.80}; for a directory use "
-            f"sparse_ft.prune_checkpoint(source, output_dir, ...)."
-        )
+    _check_is_model(model)
     settings = check_settings(
         METHODS, pattern=pattern, sparsity=sparsity, method=method, allocation=allocation, exclude=exclude,
         indivisible=indivisible, seed=seed, update_weights=update_weights, block_size=block_size, damping=damping,
@@ -165,6 +161,14 @@ def prune(
     settings = replace(settings, inside=inside)
     model = getattr(model, "_orig_mod", model)  # a compiled module runs its graph, which knows no hooks
     return prune_with(model, settings, calibration)
+
+
+def _check_is_model(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"prune takes a loaded model, got {type(model).__name__} {str(model)!r:.80}; for a directory use "
+            f"sparse_ft.prune_checkpoint(source, output_dir, ...)."
+        )
 
 
 def prune_with(model: nn.Module, settings: Settings, calibration: Iterable[Any] | None) -> MaskSet:
@@ -179,7 +183,7 @@ def prune_with(model: nn.Module, settings: Settings, calibration: Iterable[Any] 
     budgets = make_budgets(targets, settings, matrices_of(targets, weights))
     if settings.inside is not None:
         check_inside(settings.inside, targets, budgets, by_row=method.by_row)
-        _check_zeros(settings.inside, weights)
+        check_zeros(settings.inside, weights)
     masks = PackedMasks()
     if is_calibrated(method, budgets):
         device = getattr(model, "device", next(iter(weights.values())).device)
@@ -192,21 +196,7 @@ def prune_with(model: nn.Module, settings: Settings, calibration: Iterable[Any] 
             for target in targets:
                 masks.update(prune_matrices([target], weights, budgets, [], method, settings)[0])
                 bar.update()
-    found = masks.as_mask_set(targets, settings)
-    if settings.inside is not None and not found <= settings.inside:
-        raise RuntimeError(f"Method '{settings.method}' kept weights that the mask to stay inside had removed.")
-    return found
-
-
-def _check_zeros(inside: MaskSet, weights: Mapping[str, Tensor]) -> None:
-    """Refuse an older mask whose removed weights are alive: statistics and thresholds would count them."""
-    for name in inside.keys() & weights.keys():
-        alive = int((weights[name].detach()[~inside[name].to(weights[name].device)] != 0).sum())
-        if alive:
-            raise ValueError(
-                f"{alive} weights of '{name}' are not zero though the mask to stay inside removed them; call "
-                f"inside.apply_(model) first."
-            )
+    return masks.as_mask_set(targets, settings)
 
 
 def is_calibrated(method: Method, budgets: Mapping[str, list[Budget]]) -> bool:

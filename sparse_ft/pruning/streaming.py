@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from sparse_ft.masks import MaskSet, Pattern
 from sparse_ft.models import Target, find_blocks, find_targets, load_model, load_skeleton
 from sparse_ft.models.loading import load_config
 from sparse_ft.pruning.calibration import prepare_calibration
+from sparse_ft.pruning.inside import check_inside, check_zeros
 from sparse_ft.pruning.matrices import PackedMasks, prune_matrices, return_free_memory, split_matrices
 from sparse_ft.pruning.plan import (
     Budget,
@@ -56,6 +58,7 @@ def prune_checkpoint(
     block_size: int = 128,
     damping: float = 0.01,
     min_keep: float = 0.0005,
+    inside: MaskSet | None = None,
     progress: bool = True,
     device: torch.device | str = "cpu",
 ) -> MaskSet:
@@ -80,6 +83,7 @@ def prune_checkpoint(
         block_size: of SparseGPT.
         damping: of SparseGPT.
         min_keep: of allocation `"global"`.
+        inside: masks of an earlier pruning that the new ones must not exceed.
         progress: show a progress bar.
         device: where the blocks run.
 
@@ -95,6 +99,7 @@ def prune_checkpoint(
         indivisible=indivisible, seed=seed, update_weights=update_weights, block_size=block_size, damping=damping,
         min_keep=min_keep, progress=progress,
     )  # fmt: skip
+    settings = replace(settings, inside=inside)
     directory, output = resolve_checkpoint(source), Path(output_dir)
     if output.resolve() == directory.resolve():
         raise ValueError(f"The output directory '{output}' is also the source; give another output_dir.")
@@ -128,8 +133,12 @@ class _Streaming:
         for piece_targets, live in self._read_targets():
             for target in piece_targets:
                 check_target(target, live[target.name])
+            if settings.inside is not None:
+                check_zeros(settings.inside, {target.name: live[target.name] for target in piece_targets})
         check_all_finite(self._read_others(), self._reader.path)
         budgets = make_budgets(targets, settings, _StoredMatrices(targets, self._weights))
+        if settings.inside is not None:
+            check_inside(settings.inside, targets, budgets, by_row=method.by_row)
         with open_writer(output, self._reader) as writer:
             if is_calibrated(method, budgets):
                 self._prune_blocks(batches, budgets, writer)

@@ -269,12 +269,25 @@ def test_zeros_that_are_forgotten_are_told(place: Path, command: Command) -> Non
     assert result.code == 0, result.err
     assert not MaskSet.load(place / "out") <= MaskSet.load(sparse)
     (line,) = [line for line in result.out.splitlines() if line.startswith("warning: ")]
-    for part in ("50.00% zeros", "of which 39.97%", f"inside=sparse_ft.MaskSet.load('{sparse}')"):
+    for part in ("50.00% zeros", "of which 39.97%", f"add --inside '{sparse}'"):
         assert part in line, line
+    words = prune_words(place, sparsity=0.7, inside=sparse, overwrite=True, **options)
+    further = command(*words)
+    assert further.code == 0 and "warning: " not in further.out, further.err
+    inside = MaskSet.load(place / "out")
+    assert inside <= MaskSet.load(sparse) and inside.sparsity() == pytest.approx(0.7, abs=1e-3)
     for name in ("sparse_masks.safetensors", "sparse_ft.json"):
         (sparse / name).unlink()
     again = command(*prune_words(place, sparsity=0.3, overwrite=True, **options))
     assert "50.00% zeros" in again.out and "MaskSet.from_zeros(model)" in again.out
+
+
+def test_masks_to_stay_inside_that_do_not_fit(place: Path, command: Command) -> None:
+    """Of another place, of a model whose weights are alive, and with too little room."""
+    refused(command, place, *prune_words(place, inside=place / "nothing"), naming=("nothing",))
+    refused(command, place, *prune_words(place, inside=place / "sparse"), naming=("are not zero", "saved with"))
+    words = prune_words(place, inside=place / "sparse", model_name_or_path=place / "sparse", sparsity=0.3)
+    refused(command, place, *words, naming=("has lost", "raise the sparsity"))
 
 
 @pytest.mark.parametrize(("model", "sparsity"), [("sparse", 0.7), ("dense", 0.3)])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +14,8 @@ from tiny_models import TINY, tiny_batch
 from torch import Tensor
 
 from sparse_ft.masks import MaskSet, Pattern
-from sparse_ft.models import find_targets, matrix_view, named_weights
-from sparse_ft.pruning import factorize, magnitude_mask, prune, random_mask, sparsegpt, wanda_mask
+from sparse_ft.models import find_targets, load_model, matrix_view, named_weights
+from sparse_ft.pruning import factorize, magnitude_mask, prune, prune_checkpoint, random_mask, sparsegpt, wanda_mask
 from sparse_ft.pruning.sparsegpt import InverseFactor
 
 METHODS = ("magnitude", "random", "wanda", "sparsegpt")
@@ -89,6 +91,30 @@ def test_the_same_sparsity_again_changes_nothing() -> None:
     assert prune(model, sparsity=0.5, method="random", inside=older, progress=False) == older
     assert all(torch.equal(weight, before[name]) for name, weight in named_weights(model).items())
     assert prune(model, sparsity=0.5, method="sparsegpt", inside=older, calibration=batches, progress=False) == older
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_checkpoint_goes_further_as_the_loaded_model_does(method: str, name: str, tmp_path: Path) -> None:
+    model = TINY[name]().eval()
+    older = prune(model, pattern="2:4", progress=False)
+    model.save_pretrained(tmp_path / "source")
+    options = dict(sparsity=0.7, method=method, calibration=batches_for(model), inside=older, seed=3, progress=False)
+    masks = prune_checkpoint(tmp_path / "source", tmp_path / "out", **options)
+    assert masks <= older and masks == prune(model, **options)
+    shutil.copy(tmp_path / "source" / "config.json", tmp_path / "out")
+    masks.verify(load_model(tmp_path / "out"))
+
+
+def test_a_checkpoint_whose_removed_weights_are_alive_or_of_another_shape_is_left_alone(tmp_path: Path) -> None:
+    model = TINY["llama"]()
+    model.save_pretrained(tmp_path / "source")
+    older = prune(model, pattern="2:4", progress=False)
+    other = MaskSet({n: m[..., ::2].contiguous() for n, m in older.items()})
+    for inside, message in ((older, "are not zero though"), (other, "of two models")):
+        with pytest.raises(ValueError, match=message):
+            prune_checkpoint(tmp_path / "source", tmp_path / "out", sparsity=0.7, inside=inside, progress=False)
+        assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("allocation", ["erk", "global"])
