@@ -70,11 +70,19 @@ from sparse_ft.cli.reconstruct import ReconstructArguments, check_unused
 from sparse_ft.cli.retrain_limits import check_training_values
 from sparse_ft.cli.retrain_methods import Method, check_settings, choose_method, print_trainable
 from sparse_ft.cli.retrain_quantised import check_quantization, load_quantised
-from sparse_ft.cli.retrain_run import bare_resume_flag, decisive_settings, open_run, run_dir_of, run_identity
+from sparse_ft.cli.retrain_run import (
+    bare_resume_flag,
+    check_left_over,
+    decisive_settings,
+    open_run,
+    run_dir_of,
+    run_identity,
+)
 from sparse_ft.cli.retrain_source import SparseModel, load_sparse_model
 from sparse_ft.data import tokens_digest, training_dataset, windows
 from sparse_ft.models import load_config, load_tokenizer
 from sparse_ft.training import MaskCallback, check_strategy, wait_for_everyone
+from sparse_ft.training.processes import uses_every_parameter
 
 __all__ = ["Job", "run"]
 
@@ -151,6 +159,7 @@ def _check(names: ModelArguments, text: TextArguments, how: RetrainArguments, tr
     choose_dtype(how.dtype)
     inputs = [names.model_name_or_path]
     output_dir = check_output_dir(training.output_dir, inputs=inputs, overwrite=how.overwrite)
+    check_left_over(run_dir_of(output_dir), training.resume_from_checkpoint)
     if how.save_adapter is not None:
         _check_apart(output_dir, Path(how.save_adapter))
         check_output_dir(how.save_adapter, inputs=inputs, overwrite=how.overwrite)
@@ -263,6 +272,8 @@ def _train(job: Job, checkpoint: str | None, outcome: Outcome) -> nn.Module:
     prepared = job.method.prepare(model, masks, how)
     outcome.trainable = job.method.trainable(prepared)
     print_trainable(outcome.trainable)
+    if job.training.ddp_find_unused_parameters is None and uses_every_parameter(prepared):
+        job.training.ddp_find_unused_parameters = False  # the Trainer would search in every step, and warn of it
     trainer = Trainer(
         model=prepared,
         args=job.training,

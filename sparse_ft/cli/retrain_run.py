@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,15 @@ from sparse_ft.checkpoints import atomic_write
 from sparse_ft.masks import MaskSet
 from sparse_ft.training import is_complete_checkpoint, latest_complete_checkpoint, wait_for_everyone
 
-__all__ = ["bare_resume_flag", "checkpoint_to_resume", "decisive_settings", "open_run", "run_dir_of", "run_identity"]
+__all__ = [
+    "bare_resume_flag",
+    "check_left_over",
+    "checkpoint_to_resume",
+    "decisive_settings",
+    "open_run",
+    "run_dir_of",
+    "run_identity",
+]
 
 RUN_FILE = "run.json"
 _FLAG = "--resume_from_checkpoint"
@@ -97,8 +106,8 @@ def open_run(directory: Path, wanted: Mapping[str, Any], *, resume: str | None, 
         keep: leave it when the block succeeds.
 
     Raises:
-        FileExistsError: if there is an unfinished run and it is not to be resumed.
-        ValueError: if the unfinished run was another one, or the checkpoint named is not whole.
+        FileExistsError: if there is an earlier run and it is not to be resumed.
+        ValueError: if the earlier run was another one, or the checkpoint named is not whole.
     """
     checkpoint = checkpoint_to_resume(directory, wanted, resume)
     wait_for_everyone()  # each process has looked before the first one makes the directory
@@ -110,7 +119,13 @@ def open_run(directory: Path, wanted: Mapping[str, Any], *, resume: str | None, 
         atomic_write(directory / RUN_FILE, json.dumps(wanted, indent=2) + "\n")
         yield checkpoint
     except BaseException:
-        if not any(is_complete_checkpoint(path, resumable=False) for path in directory.glob("checkpoint-*")):
+        if any(is_complete_checkpoint(path, resumable=False) for path in directory.glob("checkpoint-*")):
+            print(
+                f"note: '{directory}' keeps the checkpoints of this run; go on from the last, with the same settings, "
+                f"by {_FLAG} true, or remove it to start again with others.",
+                file=sys.stderr,
+            )
+        else:
             shutil.rmtree(directory, ignore_errors=True)
         raise
     if not keep:
@@ -121,24 +136,40 @@ def checkpoint_to_resume(directory: Path, wanted: Mapping[str, Any], resume: str
     """The checkpoint that `--resume_from_checkpoint` means, None to start from the beginning. Nothing is written.
 
     Raises:
-        FileExistsError: if there is an unfinished run and it is not to be resumed.
-        ValueError: if the unfinished run was another one, or the checkpoint named is not whole.
+        FileExistsError: if there is an earlier run and it is not to be resumed.
+        ValueError: if the earlier run was another one, or the checkpoint named is not whole.
     """
-    resume = None if resume is None or resume.lower() in _NO else resume
-    left_over = directory.is_dir() and any(directory.iterdir())
-    if resume is None:
-        if left_over:
-            raise FileExistsError(
-                f"'{directory}' holds an unfinished run; continue it with {_FLAG} true, or remove it to start again."
-            )
+    check_left_over(directory, resume)
+    if resume is None or resume.lower() in _NO:
         return None
     if resume.lower() not in _YES:
         if not is_complete_checkpoint(resume):
             raise ValueError(f"'{resume}' is not a whole training checkpoint; give a checkpoint-N, or {_FLAG} true.")
         return resume
-    if left_over:
+    if _is_left_over(directory):
         _check_same(directory, wanted)
     return latest_complete_checkpoint(directory)
+
+
+def check_left_over(directory: Path, resume: str | None) -> None:
+    """What can be told before a model is read: an earlier run is there, and it is not to be resumed.
+
+    Args:
+        directory: `run_dir_of(output_dir)`.
+        resume: `--resume_from_checkpoint`.
+
+    Raises:
+        FileExistsError: if so.
+    """
+    if (resume is None or resume.lower() in _NO) and _is_left_over(directory):
+        raise FileExistsError(
+            f"'{directory}' holds an earlier run; continue it with {_FLAG} true, or remove it to start again, which "
+            f"--overwrite does not."
+        )
+
+
+def _is_left_over(directory: Path) -> bool:
+    return directory.is_dir() and any(directory.iterdir())
 
 
 def _check_same(directory: Path, wanted: Mapping[str, Any]) -> None:

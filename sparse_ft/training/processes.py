@@ -9,8 +9,9 @@ Example:
     >>> check_strategy(training_arguments)           # raises for DeepSpeed, FSDP, Megatron-LM and tensor parallelism
     >>> check_same_masks(masks, training_arguments)
 
-Limits: for a PEFT model the Trainer looks for unused parameters, which torch cannot do under reentrant activation
-checkpointing: set `ddp_find_unused_parameters` to False there. A model whose masks are taken from its zeros is that of
+Limits: the Trainer looks for unused parameters in every step, of a PEFT model also under reentrant activation
+checkpointing, where torch cannot: set `ddp_find_unused_parameters` to False where `uses_every_parameter` says so, as
+`sparse-ft retrain` does. A model whose masks are taken from its zeros is that of
 process 0, whose weights DDP gives to all.
 """
 
@@ -80,6 +81,17 @@ def check_whole(model: nn.Module) -> None:
                 f"'{canonical_name(name)}' is sharded among processes ({parameter.placements}); load the whole model "
                 f"in every process, without tp_plan or a device mesh."
             )
+
+
+def uses_every_parameter(model: nn.Module) -> bool:
+    """Whether each step gives every trained parameter a gradient, so that DDP need not look for those without.
+
+    Not so with experts, of which a batch may reach some only, and where whole layers are dropped at random.
+    """
+    names = (f"{name} {type(module).__name__}".lower() for name, module in model.named_modules())
+    config = getattr(model, "config", None)
+    drops = any(getattr(config, name, 0) for name in ("layerdrop", "decoder_layerdrop", "encoder_layerdrop"))
+    return not drops and not any("expert" in name for name in names)
 
 
 def check_same_masks(masks: MaskSet, args: TrainingArguments) -> None:

@@ -58,7 +58,8 @@ OPTIONS: dict[str, tuple[dict[str, object], tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("case", OPTIONS)
-def test_options_of_prune(case: str, place: Path, command: Command) -> None:
+def test_options_of_prune(case: str, place: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
     options, naming = OPTIONS[case]
     refused(command, place, *prune_words(place, **options), naming=naming)
 

@@ -83,6 +83,8 @@ def test_a_failure_keeps_the_checkpoints_and_a_success_removes_them(
     monkeypatch.setattr(retrain, "publish", full_disk)
     result = command(*words(pruned, text, tmp_path / "out"))
     assert result.code == 2 and "No space left" in result.complaint
+    (note,) = [line for line in result.err.splitlines() if line.startswith("note: ")]
+    assert str(tmp_path / "out.run") in note and "--resume_from_checkpoint true" in note and "remove it" in note
     assert not (tmp_path / "out").exists()
     assert (tmp_path / "out.run" / "checkpoint-6" / "trainer_state.json").is_file()
     monkeypatch.undo()
@@ -99,7 +101,8 @@ def test_a_failure_before_the_first_checkpoint_leaves_nothing(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(retrain, "_train", interrupted)
-    assert command(*words(pruned, text, tmp_path / "out")).code == 130
+    result = command(*words(pruned, text, tmp_path / "out"))
+    assert result.code == 130 and "note: " not in result.err
     assert list(tmp_path.iterdir()) == []
 
 
@@ -113,6 +116,16 @@ def test_not_resuming_refuses_a_left_over_run(flag: str | None, tmp_path: Path) 
     (tmp_path / "out.run" / "checkpoint-2").mkdir(parents=True)
     with pytest.raises(FileExistsError, match=r"out\.run.*--resume_from_checkpoint true"):
         checkpoint_to_resume(tmp_path / "out.run", {}, flag)
+
+
+@pytest.mark.parametrize("more", [[], ["--overwrite"], ["--resume_from_checkpoint", "false"]])
+def test_a_left_over_run_is_told_before_the_model_is_looked_for(
+    more: list[str], text: Path, tmp_path: Path, command: Command
+) -> None:
+    (tmp_path / "out.run" / "checkpoint-2").mkdir(parents=True)
+    result = command(*words(tmp_path / "no model", text, tmp_path / "out", *more))
+    assert result.code == 2 and "out.run' holds an earlier run" in result.complaint
+    assert "which --overwrite does not" in result.complaint and (tmp_path / "out.run" / "checkpoint-2").is_dir()
 
 
 def test_a_run_that_was_another_is_not_continued(tmp_path: Path) -> None:

@@ -11,9 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from cli.workspace import save_model, sentences
+from tiny_models import TINY
 
+from sparse_ft.adapters import prepare_perp
 from sparse_ft.checkpoints import CheckpointReader, check_weights, read_sidecars
 from sparse_ft.cli.main import main
+from sparse_ft.pruning import prune
+from sparse_ft.training.processes import uses_every_parameter
 
 REPOSITORY = Path(__file__).parent.parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -66,6 +70,7 @@ def test_two_processes_make_what_one_makes(launcher: list[str], method: str, pla
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("verified: every pruned weight is zero in the files") == 1, "one process speaks"
     assert done.stdout.count("perplexity on") == 1
+    assert "find_unused_parameters" not in done.stderr, "torch's warning of a search that finds nothing"
     assert main(retrain(place, alone, method=method, batches=2)) == 0
     assert_same_weights(place / pair, place / alone)
     masks, record = read_sidecars(place / pair)
@@ -93,6 +98,18 @@ def test_one_process_that_ends_ends_all(how: str, place: Path) -> None:
         assert resumed.returncode == 0, resumed.stderr[-3000:]
         assert main(retrain(place, "never killed", "--no_eval", batches=2)) == 0
         assert_same_weights(place / how, place / "never killed")
+
+
+def test_where_every_step_reaches_every_parameter() -> None:
+    assert all(uses_every_parameter(TINY[name]()) for name in ("llama", "gpt2", "opt", "qwen", "neox"))
+    mixtral, opt, llama = TINY["mixtral"](), TINY["opt"](), TINY["llama"]()
+    assert not uses_every_parameter(mixtral), "a batch need not reach all experts"
+    opt.config.layerdrop = 0.1
+    assert not uses_every_parameter(opt)
+    masks = prune(llama, sparsity=0.5, progress=False)
+    assert uses_every_parameter(prepare_perp(llama, "mask_lora+norms", masks, r=2))
+    masks = prune(mixtral, sparsity=0.5, progress=False)
+    assert not uses_every_parameter(prepare_perp(mixtral, "mask_lora", masks, r=2))
 
 
 def test_sharding_is_refused_before_any_work(
