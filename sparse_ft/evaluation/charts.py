@@ -86,7 +86,8 @@ def bars(items: Sequence[Bar], name: str, *, baseline: tuple[str, float] | None 
         y += step
     grid = [_grid_line(at(t), formats.tick(t), 24 if baseline else 8, y) for t in ticks if t <= high]
     line = _baseline(baseline, at(baseline[1]), y) if baseline else None
-    return picture(f"{name}{', log scale' if log else ''}", WIDTH, y + 28, *grid, *marks, line, class_="bars")
+    # the line goes under the bars, so that it strikes through no number
+    return picture(f"{name}{', log scale' if log else ''}", WIDTH, y + 28, *grid, line, *marks, class_="bars")
 
 
 def mask_picture(lines: Sequence[str], name: str) -> Markup:

@@ -94,6 +94,7 @@ svg .group { font-weight: 650; font-size: 14px; }
 svg .value { font-weight: 650; } svg .note { fill: var(--soft); font-size: 13px; }
 svg .grid { stroke: var(--grid); stroke-width: 1; }
 svg .baseline { stroke: var(--soft); stroke-width: 1.5; stroke-dasharray: 3 4; }
+svg.bars text { paint-order: stroke; stroke: var(--page); stroke-width: 5px; stroke-linejoin: round; }
 .cell .base { fill: var(--heat-base); } .cell .fill { fill: var(--heat); }
 .cell text { font-size: 12.5px; text-anchor: middle; } .cell .strong { fill: var(--on-heat); }
 .cell .alarm { fill: none; stroke: var(--bad); stroke-width: 2.5; }

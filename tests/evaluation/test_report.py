@@ -32,6 +32,7 @@ from sparse_ft.evaluation import (
     write_report,
 )
 from sparse_ft.evaluation.markup import Markup, join, tag
+from sparse_ft.evaluation.style import STYLE
 from sparse_ft.masks import MaskSet
 from sparse_ft.models import find_targets, named_weights
 
@@ -384,6 +385,13 @@ def test_bars_stay_inside_the_picture() -> None:
         for name, attributes in Page(drawn).tags:
             if name in ("line", "text"):
                 assert 0 <= float(attributes.get("x", attributes.get("x1", 0))) <= charts.WIDTH
+
+
+def test_the_dense_line_strikes_through_no_number() -> None:
+    """It lies under the bars and their numbers, which are drawn on a rim of the page's colour."""
+    drawn = str(charts.bars([charts.Bar("a", 5.0), charts.Bar("b", 9.0)], "x", baseline=("dense", 5.4)))
+    assert drawn.index('class="baseline"') < drawn.index('class="bar ') < drawn.index('class="value"')
+    assert "svg.bars text { paint-order: stroke; stroke: var(--page);" in STYLE
 
 
 @example(0.001, 0.0010000000000000002)
