@@ -174,7 +174,7 @@ def prune_by_wanda(study: Study) -> None:
 
 
 RANKED: dict[str, Callable[[Study], None]] = {
-    "magnitude": prune_by_magnitude,
+    "MP (magnitude)": prune_by_magnitude,
     "Wanda on the delta": prune_by_wanda,
 }
 

@@ -1,0 +1,126 @@
+"""What the pages show of pruned deltas and of merges: one line per method, one column per drop rate or text.
+
+Rows of `delta/*.json` are cells of task, training, method and drop rate, the mean over mask seeds beside its standard
+deviation. Numbers, and the sentences about what is above what, are computed from the rows.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+from table_text import Row, cell
+
+REFERENCES = ("base", "fine-tuned")
+DARE, LABELS, L2, MAGNITUDE = "DARE", "DAREx-q, global, labels", "DAREx-L2", "MP (magnitude)"
+NOISE = 2.0  # standard errors of a difference that count as one
+
+
+# -- tables ------------------------------------------------------------------------------------------------------------
+
+
+def pruned(rows: Sequence[Row]) -> list[Row]:
+    """One line per fine-tune and method, one column per drop rate; the fine-tune itself first, its base after it."""
+    metric = metric_of(rows)
+    lines: dict[tuple[str, str, str], Row] = {}
+    for row in sorted(rows, key=lambda row: row["method"] not in REFERENCES):
+        line = lines.setdefault((row["task"], row["training"], row["method"]), _heading(row, rows))
+        if row.get("drop_rate") is None:
+            line["unpruned"] = row[metric]
+        else:
+            line[f"p = {row['drop_rate']:g}"] = with_spread(row, metric)
+    order = {key: place for place, key in enumerate(dict.fromkeys((r["task"], r["training"]) for r in rows))}
+    return [lines[key] for key in sorted(lines, key=lambda key: order[key[:2]])]
+
+
+def _heading(row: Row, rows: Sequence[Row]) -> Row:
+    """The first columns of a line; those that are the same everywhere are left out."""
+    tasks = {other["task"] for other in rows}
+    line: Row = {"text": row["task"]} if len(tasks) > 1 else {}
+    size = row.get("mean_abs_delta")
+    shown = "" if size is None else f" (mean delta {size:.1e})"
+    return {**line, "fine-tuned with": row["training"], "method": f"{row['method']}{shown}", "unpruned": None}
+
+
+def scales(rows: Sequence[Row]) -> list[Row]:
+    """The divisor each method chose, as a multiple of the density that DARE divides by."""
+    lines: dict[tuple[str, str, str], Row] = {}
+    for row in rows:
+        if row.get("scale") is None or row["method"] in (DARE, L2):
+            continue
+        line = lines.setdefault((row["task"], row["training"], row["method"]), _heading(row, rows))
+        line[f"p = {row['drop_rate']:g}"] = f"{row['scale'] / (1 - row['drop_rate']):.3g}"
+    return list(lines.values())
+
+
+def merges(rows: Sequence[Row]) -> list[Row]:
+    """One line per merge, seeds joined, the least excess first; base and fine-tunes before them."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row["method"], []).append(row)
+    lines = []
+    for method, group in groups.items():
+        line: Row = {"method": method + (f" ({len(group)} seeds)" if len(group) > 1 else "")}
+        for column in group[0]:
+            values = [row[column] for row in group if isinstance(row.get(column), (int, float))]
+            if column not in ("method", "seed") and values:
+                line[column] = statistics.fmean(values)
+        lines.append(line)
+    ordered = sorted(lines, key=lambda line: line.get("excess", float("-inf")))
+    return [{**line, "excess": _signed(line.get("excess"))} for line in ordered]
+
+
+def _signed(value: float | None) -> str | None:
+    return None if value is None else f"{value:+.3f}"
+
+
+def metric_of(rows: Sequence[Row]) -> str:
+    """`accuracy` or `perplexity`."""
+    return "accuracy" if any("accuracy" in row for row in rows) else "perplexity"
+
+
+def with_spread(row: Row, metric: str) -> str:
+    """`0.759 ± 0.004`, or the mean alone where nothing is random."""
+    show = (lambda value: f"{value:.3f}") if metric == "accuracy" else cell
+    spread = row.get(f"{metric}_sd")
+    return show(row[metric]) + ("" if spread is None else f" ± {show(spread)}")
+
+
+# -- sentences ---------------------------------------------------------------------------------------------------------
+
+
+def findings(rows: Sequence[Row]) -> str:
+    """What the rows say of the paper's claims: the search beside DARE, AdamR beside AdamW, the large delta."""
+    if not rows:
+        return "No measurement is in `docs/results/delta`.\n"
+    metric = metric_of(rows)
+    by_key = {(r["task"], r["training"], r["method"], r.get("drop_rate")): r for r in rows}
+    sentences = []
+    for (task, training, method, p), row in by_key.items():
+        other: Row | None = None
+        if method == LABELS:
+            other, what = by_key.get((task, training, DARE, p)), "a searched q, with labels"
+        elif method == L2 and p is not None:
+            other, what = by_key.get((task, training.replace("AdamR", "AdamW"), DARE, p)), "AdamR before DARE"
+        elif method == MAGNITUDE:
+            other, what = by_key.get((task, training, DARE, p)), "keeping the largest entries"
+        if other is not None:
+            name = f"{task}, {training}" if len({r["task"] for r in rows}) > 1 else training
+            sentences.append(f"* {name}, p = {p:g}: {what} gives {_compared(row, other, metric)}.")
+    return "\n".join(sentences) + "\n" if sentences else "The rows that are compared are not measured yet.\n"
+
+
+def _compared(row: Row, other: Row, metric: str) -> str:
+    """`0.575 ± 0.01, better than DARE's 0.519 ± 0.01`; equal within two standard errors."""
+    better = row[metric] - other[metric] if metric == "accuracy" else other[metric] - row[metric]
+    error = sum((r.get(f"{metric}_sd") or 0.0) ** 2 / max(r.get("masks") or 1, 1) for r in (row, other)) ** 0.5
+    word = "as good as" if abs(better) <= NOISE * error else "better than" if better > 0 else "worse than"
+    return f"{with_spread(row, metric)}, {word} plain DARE's {with_spread(other, metric)}"
+
+
+def adamr(rows: Sequence[Row]) -> list[Row]:
+    """The rows of AdamR's page: plain DARE after AdamW beside every method after AdamR."""
+    rates = {row["training"].removeprefix("AdamR") for row in rows if row["training"].startswith("AdamR")}
+    beside = [r for r in rows if r["training"].startswith("AdamW") and r["training"].removeprefix("AdamW") in rates]
+    wanted = {id(row) for row in beside if row["method"] in (*REFERENCES, DARE)}
+    return [row for row in rows if row["training"].startswith("AdamR") or id(row) in wanted]
