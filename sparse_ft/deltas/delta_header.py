@@ -99,7 +99,7 @@ class Header:
         """Compact JSON, the same for equal headers."""
         content = asdict(self)
         content["tensors"] = {
-            name: {key: value for key, value in content["tensors"][name].items() if value != _PLAIN.get(key, ())}
+            name: {key: value for key, value in content["tensors"][name].items() if value != _PLAIN.get(key, MISSING)}
             for name in sorted(content["tensors"])
         }
         return json.dumps({"format_version": FORMAT_VERSION, **content}, separators=(",", ":"), allow_nan=False)

@@ -4,7 +4,7 @@
 
 The cast costs little. The difference of two bf16 numbers that are within a factor of two of each other is a bf16 number
 again, so it is exact for all but the weights whose sign or order of magnitude the fine-tune changed; those are off by
-at most 1/512 of the delta. `dtype=torch.float32` stores the difference itself. At density 1 without a scale nothing is
+at most 1/256 of the delta. `dtype=torch.float32` stores the difference itself. At density 1 without a scale nothing is
 differenced: the fine-tune's weights are stored as they are and come back bit for bit.
 """
 
