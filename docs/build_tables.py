@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import delta_views
 import retraining_views
 from table_text import Result, Row, over_seeds, provenance, table
 
@@ -33,8 +34,11 @@ BEGIN, END = "<!-- result: begin -->", "<!-- result: end -->"
 ONE_SHOT = "one_shot/llama_wt2"
 RETRAINING = "retraining/llama_wt2"
 PERP = "perp/llama_wt2"
+COST = "perp/cost"
 ENCODER = "perp/encoder"
 STEP = "adapters/step"
+DELTA_TASKS = ("delta/sst2", "delta/perplexity")
+MERGES = "merging/quality"
 
 # page of a method -> how the names in its rows begin (column `method`, `variant` or `model`)
 METHOD_PAGES: dict[str, tuple[str, ...]] = {
@@ -112,6 +116,8 @@ VIEWS: dict[str, Callable[[Sequence[Row]], list[Row]]] = {
     PERP: retraining_views.recovered,
     ENCODER: retraining_views.encoder,
     STEP: retraining_views.training_step,
+    **dict.fromkeys(DELTA_TASKS, delta_views.pruned),
+    MERGES: delta_views.merges,
 }
 TITLES = {
     ONE_SHOT: "One-shot pruning",
@@ -119,6 +125,9 @@ TITLES = {
     PERP: "Every way back after pruning",
     ENCODER: "An encoder, reconstructed without labels",
     STEP: "One training step of each adapter",
+    DELTA_TASKS[0]: "Pruned deltas of a classifier, accuracy on SST-2",
+    DELTA_TASKS[1]: "Pruned deltas of causal models, perplexity",
+    MERGES: "Two fine-tunes merged, perplexity on the domain of each",
 }
 
 
@@ -172,6 +181,17 @@ def row_name(row: Row) -> str:
 def file_fragment(results: dict[str, Result], key: str) -> str:
     """The table of one file, or a sentence that there is none."""
     return section(key, results[key]) if key in results else f"No measurement is in `docs/results/{key}.json`.\n"
+
+
+def delta_fragments(results: dict[str, Result]) -> Iterable[tuple[str, str]]:
+    """Tables of pruned deltas, what they say of the paper's claims, the divisors chosen, and AdamR's rows alone."""
+    for key in DELTA_TASKS:
+        name, rows = key.replace("/", "_"), results.get(key, {"rows": []})["rows"]
+        yield f"{name}.md", file_fragment(results, key)
+        yield f"{name}_findings.md", delta_views.findings(rows)
+        yield f"{name}_scales.md", table(delta_views.scales(rows)) + "\n" if rows else ""
+        alone = section(key, results[key], delta_views.adamr(rows)) if rows else file_fragment(results, key)
+        yield f"{name}_adamr.md", alone
 
 
 def results_fragment(results: dict[str, Result]) -> str:
@@ -291,11 +311,15 @@ def with_block(text: str, block: str) -> str:
 
 
 def read_results() -> dict[str, Result]:
-    """Every result file by `topic/name`, in alphabetical order."""
-    return {
+    """Every result file by `topic/name`, in alphabetical order; what the ways back cost is joined to their rows."""
+    found: dict[str, Result] = {
         path.relative_to(RESULTS).with_suffix("").as_posix(): json.loads(path.read_text(encoding="utf-8"))
         for path in sorted(RESULTS.glob("*/*.json"))
     }
+    costs = found.pop(COST, {"rows": []})
+    if PERP in found:
+        found[PERP]["rows"] = retraining_views.with_costs(found[PERP]["rows"], costs["rows"])
+    return found
 
 
 def fragments(results: dict[str, Result], readme: str) -> Iterable[tuple[str, str]]:
@@ -305,6 +329,8 @@ def fragments(results: dict[str, Result], readme: str) -> Iterable[tuple[str, st
     yield "perp_advice.md", retraining_views.advice(results.get(PERP, {"rows": []})["rows"])
     yield "encoder.md", file_fragment(results, ENCODER)
     yield "adapter_steps.md", file_fragment(results, STEP)
+    yield from delta_fragments(results)
+    yield "merging_quality.md", file_fragment(results, MERGES)
     yield "names.md", names_fragment()
     yield "commands.md", commands_fragment()
     yield "recipes.md", recipes_fragment()

@@ -115,6 +115,12 @@ def ways(rows: Sequence[Row]) -> list[Way]:
     )
 
 
+def with_costs(rows: Sequence[Row], costs: Sequence[Row]) -> list[Row]:
+    """The rows with the columns of the cost row of their method, where there is one."""
+    by_method = {row["method"]: row for row in costs}
+    return [{**row, **by_method.get(row["method"], {})} for row in rows]
+
+
 # -- tables ------------------------------------------------------------------------------------------------------------
 
 
@@ -158,10 +164,11 @@ def learning_rates(rows: Sequence[Row]) -> list[Row]:
 
 
 def encoder(rows: Sequence[Row]) -> list[Row]:
-    """One line per state of the encoder."""
+    """One line per state of the encoder and learning rate."""
     return [
         {
             "model": row["model"],
+            "learning rate": row.get("learning_rate"),
             "masked-token loss": row["masked_token_loss"],
             "sparsity": percent(row["sparsity"]),
             "gap closed": None if row.get("gap_closed") is None else percent(row["gap_closed"]),

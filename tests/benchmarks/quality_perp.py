@@ -8,17 +8,14 @@ linear decay, bf16 autocast) or reconstructs from 128 sequences, merges, verifie
 model. The head is untied from the input embedding where it alone is trained. Every method runs at the learning rates of
 its grid after magnitude pruning to 80%; the one with the best perplexity on the VALIDATION split is `chosen`, and it is
 used for the other seeds and prunings. `gap_closed` is the share of the log-perplexity between pruned and dense that was
-won back on the test split. `seconds_per_step` are CPU seconds of training divided by its steps (for reconstruction: by
-the steps of all windows).
+won back on the test split. What a method costs is measured by perp_cost.py, each in a process of its own.
 """
 
 from __future__ import annotations
 
 import math
-import time
 import warnings
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +26,7 @@ from transformers import PreTrainedModel
 from sparse_ft import prune, reconstruct
 from sparse_ft.adapters.perp import merge_perp, prepare_perp, trainable_share
 from sparse_ft.masks import MaskSet
+from sparse_ft.reconstruction import ReconstructionResult
 
 STEPS, RANK = 150, 16
 PRUNINGS: dict[str, dict[str, Any]] = {
@@ -61,19 +59,23 @@ class Way:
 
 
 WAYS: dict[str, Way] = {
-    "full": Way((5e-4, 1e-3), "full", everywhere=True, seeds=3),
-    "mask_lora": Way((2e-3, 4e-3, 8e-3), "mask_lora", everywhere=True, seeds=3),
-    "mask_lora+norms": Way((4e-3, 8e-3), "mask_lora+norms", everywhere=True),
-    "biases+norms": Way((1e-2, 3e-2), "biases+norms"),
-    "scale_lora": Way((3e-3, 1e-2), "scale_lora"),
-    "scale_lora, symmetry broken": Way((3e-3, 1e-2), "scale_lora", {"break_symmetry": True}),
-    "lora_prune": Way((5e-4, 2e-3), "lora_prune"),
-    "head": Way((2e-3,), "head"),
-    "reconstruct, linear": Way((1e-3, 3e-3), reconstruction={"granularity": "linear"}),
-    "reconstruct, attn_mlp": Way((1e-3, 3e-3), reconstruction={"granularity": "attn_mlp"}, everywhere=True),
-    "reconstruct, block": Way((1e-3, 3e-3), reconstruction={"granularity": "block"}),
-    "reconstruct, attn_mlp, 4 epochs": Way((1e-3, 3e-3), reconstruction={"iterations": 256}),
-    "reconstruct, then mask_lora": Way((4e-3,), "mask_lora", reconstruction={"learning_rate": 1e-3}),
+    "full": Way((2.5e-4, 5e-4, 1e-3), "full", everywhere=True, seeds=3),
+    "mask_lora": Way((2e-3, 4e-3, 8e-3, 1.6e-2), "mask_lora", everywhere=True, seeds=3),
+    "mask_lora+norms": Way((4e-3, 8e-3, 1.6e-2), "mask_lora+norms", everywhere=True),
+    "biases+norms": Way((1e-2, 3e-2, 6e-2), "biases+norms"),
+    "scale_lora": Way((1e-3, 3e-3, 1e-2, 2e-2), "scale_lora"),
+    "scale_lora, symmetry broken": Way((1e-3, 3e-3, 1e-2, 2e-2), "scale_lora", {"break_symmetry": True}),
+    "lora_prune": Way((5e-4, 2e-3, 4e-3), "lora_prune"),
+    "head": Way((5e-4, 2e-3, 4e-3), "head"),
+    "reconstruct, linear": Way((1e-3, 3e-3, 6e-3, 1.2e-2), reconstruction={"granularity": "linear"}),
+    "reconstruct, attn_mlp": Way(
+        (3e-4, 1e-3, 3e-3, 6e-3, 1.2e-2), reconstruction={"granularity": "attn_mlp"}, everywhere=True
+    ),
+    "reconstruct, block": Way((1e-3, 3e-3, 6e-3, 1.2e-2), reconstruction={"granularity": "block"}),
+    "reconstruct, attn_mlp, 4 epochs": Way((1e-3, 3e-3, 6e-3, 1.2e-2), reconstruction={"iterations": 256}),
+    "reconstruct, then mask_lora": Way(
+        (1e-3, 2e-3, 4e-3), "mask_lora", reconstruction={"iterations": 256, "learning_rate": 6e-3}
+    ),
 }
 
 
@@ -84,33 +86,40 @@ def pruned(bench: Bench, pruning: str) -> tuple[PreTrainedModel, MaskSet]:
     return model, prune(model, **options, calibration=calibration, progress=False)
 
 
+def calibrated(
+    bench: Bench, way: Way, model: PreTrainedModel, masks: MaskSet, rate: float, seed: int
+) -> ReconstructionResult:
+    """Reconstruct the model in place from 128 sequences."""
+    options = {"learning_rate": rate, "autocast": True, **(way.reconstruction or {})}
+    calibration = bench.calibration(seed)
+    return reconstruct(model, masks, bench.load(), calibration=calibration, seed=seed, progress=False, **options)
+
+
+def prepared(model: PreTrainedModel, way: Way, masks: MaskSet) -> Any:
+    """The model with what the way trains: its adapter, its groups, or all of it."""
+    if way.method == "full":
+        return model
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*biases.*")  # Llama has none; the row says what was trained
+        return prepare_perp(model, str(way.method), masks, r=RANK, **way.options)
+
+
 def measure(bench: Bench, way: Way, pruning: str, rate: float, seed: int, dense: float, base: float) -> dict[str, Any]:
     """Prune, win back, merge, evaluate."""
     model, masks = pruned(bench, pruning)
     if way.method == "head":
         untie(model)
     torch.manual_seed(seed)
-    share, steps = 1.0, 0
-    reset_peak()
-    start = time.process_time()
+    share = 1.0
     if way.reconstruction is not None:
-        options = {"learning_rate": rate, "autocast": True, **way.reconstruction}
-        result = reconstruct(
-            model, masks, bench.load(), calibration=bench.calibration(seed), seed=seed, progress=False, **options
-        )
-        steps = sum(window.iterations for window in result.windows)
+        calibrated(bench, way, model, masks, rate, seed)
         share = sum(kept for kept, _ in masks.counts().values()) / model.num_parameters()
     if way.method is not None:
-        wrapped: Any = model
+        wrapped = prepared(model, way, masks)
         if way.method != "full":
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message=".*biases.*")  # Llama has none; the row says what was trained
-                wrapped = prepare_perp(model, way.method, masks, r=RANK, **way.options)
             share = trainable_share(wrapped).share
         train(wrapped, bench.train, masks, way.method, STEPS, seed, learning_rate=rate)
         model = wrapped if way.method == "full" else merge_perp(wrapped)
-        steps += STEPS
-    seconds = time.process_time() - start
     masks.verify(model)
     after = bench.perplexity(model.eval())
     return {
@@ -121,9 +130,6 @@ def measure(bench: Bench, way: Way, pruning: str, rate: float, seed: int, dense:
         "perplexity": round(after, 3),
         "gap_closed": round(math.log(base / after) / math.log(base / dense), 4),
         "merged_sparsity": round(measured_sparsity(model, masks), 6),
-        "seconds_per_step": round(seconds / steps, 3),
-        "cpu_seconds": round(seconds, 1),
-        "peak_mb": peak_mb(),
     }
 
 
@@ -134,27 +140,16 @@ def untie(model: PreTrainedModel) -> None:
     head.weight = torch.nn.Parameter(head.weight.detach().clone())
 
 
-def reset_peak() -> None:
-    """Start the high-water mark of resident memory anew, where the system can."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pass
-
-
-def peak_mb() -> int | None:
-    """High-water mark of resident memory since `reset_peak`, in MB."""
-    status = Path("/proc/self/status")
-    return int(status.read_text().split("VmHWM:")[1].split()[0]) // 1024 if status.is_file() else None
-
-
 def chosen_rate(table: Table, label: str, way: Way) -> float | None:
     """The grid's learning rate with the best validation perplexity; None while one is missing."""
     rows = [table.find(_key(label, FIRST, rate, 0)) for rate in way.learning_rates]
     if None in rows:
         return None
     best = min((row for row in rows if row is not None), key=lambda row: row["validation_perplexity"])
-    return float(best["learning_rate"])
+    rate = float(best["learning_rate"])
+    if rate in (way.learning_rates[0], way.learning_rates[-1]):
+        print(f"{label}: the best learning rate, {rate:g}, is at the edge of the grid; widen it", flush=True)
+    return rate
 
 
 def _key(label: str, pruning: str, rate: float | None, seed: int) -> dict[str, Any]:
