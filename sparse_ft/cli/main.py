@@ -20,6 +20,7 @@ __all__ = ["VERBS", "VerificationError", "main"]
 VERBS = {
     "prune": ("sparse_ft.cli.prune", "make a sparse checkpoint from a dense one (magnitude, random, wanda, sparsegpt)"),
     "retrain": ("sparse_ft.cli.retrain", "train a sparse checkpoint, its zeros staying exactly zero"),
+    "delta": ("sparse_ft.cli.delta", "what a fine-tune changed, pruned and stored small; search its scale, apply it"),
     "merge": ("sparse_ft.cli.merge", "merge several checkpoints into one, as a mergekit YAML says"),
     "eval": (
         "sparse_ft.cli.eval",

@@ -30,7 +30,6 @@ from sparse_ft.checkpoints import (
     check_output_dir,
     copy_side_files,
     resolve_checkpoint,
-    versions,
 )
 from sparse_ft.checkpoints.header import DTYPE_NAMES
 from sparse_ft.deltas.checks import check_delta, check_scale
@@ -41,7 +40,7 @@ from sparse_ft.deltas.fingerprint import base_digest, too_large
 from sparse_ft.deltas.magnitude import magnitude_keep
 from sparse_ft.deltas.random_mask import check_density
 from sparse_ft.deltas.scope import Entry, Scope, Selection, align, find_tied, headers_of
-from sparse_ft.deltas.store import RECORD_FILE, DeltaFile, DeltaWriter
+from sparse_ft.deltas.store import DeltaFile, DeltaWriter, write_record
 from sparse_ft.deltas.wanda import wanda_keep
 from sparse_ft.models import matrix_view
 
@@ -193,13 +192,6 @@ def write_delta(
     _copy_what_differs(tuned.directory, source, Path(directory))
     write_record(directory, asdict(summary))
     return summary
-
-
-def write_record(directory: str | Path, content: Mapping[str, Any]) -> None:
-    """Add to `delta.json`, for people and scripts; nothing that applies a delta reads it."""
-    file = Path(directory) / RECORD_FILE
-    old = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"versions": versions()}
-    file.write_text(json.dumps({**old, **content}, indent=2) + "\n", encoding="utf-8")
 
 
 class _Extraction:

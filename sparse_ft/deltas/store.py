@@ -12,16 +12,18 @@ the order or the thread count they were made with.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sparse_ft.checkpoints import CheckpointReader, CheckpointWriter, atomic_directory, copy_side_files
+from sparse_ft.checkpoints import CheckpointReader, CheckpointWriter, atomic_directory, copy_side_files, versions
 from sparse_ft.checkpoints.resolve import member
 from sparse_ft.deltas.delta_header import Header, Part, drawn_positions, with_scale
 from sparse_ft.deltas.positions import decode_positions, encode_positions
@@ -219,6 +221,25 @@ class DeltaWriter:
                     tensor = torch.from_numpy(data).view(dtype).view(shape)
                 writer.write(key, tensor)
         _remove_index(self._directory)
+
+
+def read_record(directory: str | Path) -> dict[str, Any]:
+    """`delta.json`: how the delta came to be, for people and scripts; empty if it is gone. Applying never needs it."""
+    file = Path(directory) / RECORD_FILE
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"'{file}' is not valid JSON ({error}); restore it or remove it.") from None
+    return content if isinstance(content, dict) else {}
+
+
+def write_record(directory: str | Path, content: Mapping[str, Any]) -> None:
+    """Add to `delta.json`."""
+    record = {**(read_record(directory) or {"versions": versions()}), **content}
+    text = json.dumps(record, indent=2, default=str) + "\n"
+    (Path(directory) / RECORD_FILE).write_text(text, encoding="utf-8")
 
 
 def rescale(directory: str | Path, *, scale: float | None = None, scales: Mapping[str, float] | None = None) -> None:

@@ -122,7 +122,7 @@ def test_kinds_that_are_more_than_a_product(case: str, tmp_path: Path) -> None:
 
 def test_adapters_that_are_damaged_or_of_another_base(tmp_path: Path) -> None:
     base, directory, _ = make_adapter(tmp_path, "plain")
-    with pytest.raises(ValueError, match=r"q_proj\.weight"):
+    with pytest.raises(ValueError, match="which the base does not have"):
         lora_deltas(directory, ["model.norm.weight"])
     TINY["gpt2"]().save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match="base it was trained on"):
