@@ -1,0 +1,83 @@
+"""What the pages show of pruned deltas and merges is computed from the rows, whichever of them are there yet."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+
+
+@pytest.fixture(scope="module")
+def views() -> Iterator[ModuleType]:
+    sys.path.insert(0, str(DOCS))
+    spec = importlib.util.spec_from_file_location("delta_views", DOCS / "delta_views.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield module
+    sys.path.remove(str(DOCS))
+
+
+def row(training: str, method: str, p: float | None, value: float, sd: float | None = None, **more: Any) -> Any:
+    cell = {"task": "sst2", "training": training, "method": method, "drop_rate": p, "accuracy": value}
+    return {**cell, "accuracy_sd": sd, "masks": 4 if sd else 1, **more}
+
+
+ROWS = [
+    row("AdamW, 0.0001", "fine-tuned", None, 0.767, mean_abs_delta=2e-3),
+    row("AdamW, 0.0001", "DARE", 0.99, 0.658, 0.01, scale=0.01),
+    row("AdamW, 0.0001", "DARE", 0.999, 0.519, 0.01, scale=0.001),
+    row("AdamW, 0.0001", "DAREx-q, global, labels", 0.99, 0.66, 0.01, scale=0.02),
+    row("AdamW, 0.0001", "DAREx-q, global, labels", 0.999, 0.575, 0.01, scale=0.004),
+    row("AdamW, 0.0001", "MP (magnitude)", 0.99, 0.57),
+    row("AdamW, 0.0005", "DARE", 0.99, 0.5, 0.01, scale=0.01),
+    row("AdamR, 0.0001", "DAREx-L2", 0.99, 0.7, 0.01, scale=0.01),
+]
+
+
+def test_one_line_per_method_one_column_per_drop_rate(views: ModuleType) -> None:
+    lines = views.pruned(ROWS)
+    assert lines[0]["method"] == "fine-tuned (mean delta 2.0e-03)" and lines[0]["unpruned"] == 0.767
+    dare = next(line for line in lines if line["method"] == "DARE")
+    assert dare["p = 0.99"] == "0.658 ± 0.010" and dare["p = 0.999"] == "0.519 ± 0.010"
+    assert [line["fine-tuned with"] for line in lines][-2:] == ["AdamW, 0.0005", "AdamR, 0.0001"]
+    assert all("text" not in line for line in lines), "one task needs no column"
+    assert views.scales(ROWS)[0]["p = 0.999"] == "4"
+
+
+def test_findings_compare_with_dare_beyond_two_standard_errors(views: ModuleType) -> None:
+    text = views.findings(ROWS)
+    assert "p = 0.99: a searched q, with labels gives 0.660 ± 0.010, as good as" in text
+    assert "p = 0.999: a searched q, with labels gives 0.575 ± 0.010, better than" in text
+    assert "keeping the largest entries gives 0.570, worse than" in text
+    assert "AdamR, 0.0001, p = 0.99: AdamR before DARE gives 0.700 ± 0.010, better than plain DARE's 0.658" in text
+    perplexities = [{**r, "perplexity": r["accuracy"], "perplexity_sd": r["accuracy_sd"]} for r in ROWS]
+    for r in perplexities:
+        del r["accuracy"], r["accuracy_sd"]
+    assert "0.57, better than plain DARE's" in views.findings(perplexities), "a lower perplexity is better"
+    assert "No measurement" in views.findings([])
+
+
+def test_the_page_of_adamr_shows_the_same_learning_rates_only(views: ModuleType) -> None:
+    chosen = views.adamr(ROWS)
+    assert {r["training"] for r in chosen} == {"AdamW, 0.0001", "AdamR, 0.0001"}
+    assert {r["method"] for r in chosen} == {"fine-tuned", "DARE", "DAREx-L2"}
+
+
+def test_merges_join_seeds_and_come_in_order(views: ModuleType) -> None:
+    rows = [
+        {"method": "base", "seed": None, "sentences": 100.0, "docstrings": 200.0},
+        {"method": "dare_ties", "seed": 0, "sentences": 50.0, "docstrings": 60.0, "excess": 0.2},
+        {"method": "dare_ties", "seed": 1, "sentences": 52.0, "docstrings": 60.0, "excess": 0.4},
+        {"method": "ties", "seed": None, "sentences": 50.0, "docstrings": 60.0, "excess": 0.1},
+    ]
+    lines = views.merges(rows)
+    assert [line["method"] for line in lines] == ["base", "ties", "dare_ties (2 seeds)"]
+    assert lines[2]["sentences"] == 51.0 and lines[2]["excess"] == "+0.300"
