@@ -14,11 +14,11 @@ the closed form that minimises the paper's bound; the published scan for the sam
 
 What it costs in CPU seconds on one thread of the 2-core machine:
 
-* SST-2: 4 fine-tunes of 400 steps, 0.5 each: 800. 240 accuracies of the 872 test sentences (25,509 tokens, 3.6 each;
-  a scale that another method has measured with the same mask is not measured twice): 860. 40 searches of about 10
-  points, 1.3 each: 520. In all about 37 minutes.
+* SST-2: 4 fine-tunes of 400 steps, 0.5 each: 800. 256 accuracies of the 872 test sentences (25,509 tokens), 3.8 each: 970
+  (336 cells; a scale that another method has measured with the same mask is not measured twice). 48 searches of some
+  12 points, 1.2 each: 690. In all about 41 minutes.
 * Perplexity: 4 fine-tunes of 150 steps of 8 x 128 tokens, 0.8 each: 480. 200 perplexities of 24 windows of 256 tokens,
-  1.2 each: 240. 24 searches of about 10 points, 1.3 each: 310. In all about 17 minutes.
+  1.2 each: 240. 32 searches of some 12 points, 1.3 each: 500. In all about 20 minutes.
 
 Rows that the files hold are not run again, and fine-tunes are kept under runs/finetunes.
 """
