@@ -14,9 +14,9 @@ the closed form that minimises the paper's bound; the published scan for the sam
 
 What it costs in CPU seconds on one thread of the 2-core machine:
 
-* SST-2: 4 fine-tunes of 400 steps, 0.5 each: 800. 256 accuracies of the 872 test sentences (25,509 tokens), 3.8 each: 970
-  (336 cells; a scale that another method has measured with the same mask is not measured twice). 48 searches of some
-  12 points, 1.2 each: 690. In all about 41 minutes.
+* SST-2: 4 fine-tunes of 400 steps, 0.5 each: 800. 256 accuracies of the 872 test sentences (25,509 tokens), 3.8 each:
+  970 (336 cells; a scale that another method has measured with the same mask is not measured twice). 48 searches of
+  some 12 points, 1.2 each: 690. In all about 41 minutes.
 * Perplexity: 4 fine-tunes of 150 steps of 8 x 128 tokens, 0.8 each: 480. 200 perplexities of 24 windows of 256 tokens,
   1.2 each: 240. 32 searches of some 12 points, 1.3 each: 500. In all about 20 minutes.
 
