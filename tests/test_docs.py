@@ -241,7 +241,10 @@ def test_fragments_of_a_file_are_sentences_without_it_and_tables_with_it(generat
 
 def test_every_recipe_is_listed(generator: ModuleType) -> None:
     text = generator.recipes_fragment()
-    assert len(RECIPES) == text.count("| `perp/") and "| `perp/llama_2of4` | Recover" in text
+    assert (
+        len(RECIPES) == sum(text.count(f"| `{folder}/") for folder in ("perp", "delta", "merge"))
+        and "| `perp/llama_2of4` | Recover" in text
+    )
 
 
 def test_the_method_of_a_step_is_shown_beside_plain_lora(generator: ModuleType) -> None:

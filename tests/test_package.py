@@ -198,7 +198,12 @@ def test_there_are_recipes() -> None:
     assert RECIPES, "recipes/ is empty"
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.relative_to(REPOSITORY).as_posix())
+# Recipes of merges are mergekit's YAML, which is not flat.
+@pytest.mark.parametrize(
+    "path",
+    [path for path in RECIPES if path.parent.name != "merge"],
+    ids=lambda path: path.relative_to(REPOSITORY).as_posix(),
+)
 def test_recipes_are_flat_and_say_how_they_are_run(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     recipe = yaml.safe_load(text)

@@ -82,11 +82,11 @@ def match_rows(
     size = max(least_rows, 1 + max(ids.values(), default=-1))
     size = -(-size // multiple) * multiple
     rows = {label: _rows_of(tokens, ids, size, padding) for label, tokens in models.items()}
+    notes = [_note(label, mine, ids) for label, mine in rows.items() if _lacks(mine, ids)]
     fallbacks: dict[str, Rows] = {}
     for token, source in (sources or {}).items():
         _follow(token, source, ids, models, rows, fallbacks)
     kept = {label: mine for label, mine in rows.items() if not _is_identity(mine, models[label].rows)}
-    notes = [_note(label, mine, ids) for label, mine in kept.items() if _lacks(mine, ids)]
     return Vocabulary(size, kept, tuple(fallbacks.items()), tuple(notes))
 
 

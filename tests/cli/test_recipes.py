@@ -18,7 +18,7 @@ from sparse_ft.masks import MaskSet
 from sparse_ft.models import find_targets
 
 Command = Callable[..., Result]
-RECIPES = sorted(path for root in recipe_roots() for path in root.rglob("*.yaml"))
+RECIPES = sorted(path for root in recipe_roots() for path in (root / "perp").glob("*.yaml"))
 SIZES = {"Llama-2-7B": (4096, 32), "LLaMA-30B": (6656, 60), "OPT-6.7B": (4096, 32), "OPT-30B": (7168, 48)}
 WITH_MEMORY = [path for path in RECIPES if "Memory in GiB" in path.read_text()]
 
