@@ -81,6 +81,8 @@ def test_rows_without_a_delta_say_nothing() -> None:
     padded = [torch.cat([t, torch.zeros(20, dtype=torch.float64)]) for t in (sums, squares)]
     assert published_scale(*padded, density=0.01, eta=0.4) == published_scale(sums, squares, density=0.01, eta=0.4)
     assert published_scale(torch.zeros(3), torch.zeros(3), density=0.01, eta=0.4) == 0.01
+    flat = torch.zeros(3, dtype=torch.float64), torch.full((3,), 1e-30, dtype=torch.float64)
+    assert published_scale(*flat, density=0.01, eta=0.4) == pytest.approx(0.011)  # the first tie stops the scan
 
 
 @given(st.floats(-5, 5).filter(lambda s: abs(s) > 1e-2), st.floats(0.01, 5), st.floats(0.01, 0.9), st.floats(0.1, 2))
