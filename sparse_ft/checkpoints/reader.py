@@ -85,6 +85,17 @@ class CheckpointReader(Mapping[str, Tensor]):
         """Dtype of a tensor, from the header."""
         return self._info(name).dtype
 
+    def place(self, name: str) -> tuple[Path, TensorInfo]:
+        """The file of a tensor and its place there, for reading a part of it.
+
+        Raises:
+            ValueError: if the checkpoint has no such tensor, or it is pickled.
+        """
+        info = self._info(name)
+        if name in self._pickled:
+            raise ValueError(f"'{self.path}' has pickled weights, of which no part can be read; save as safetensors.")
+        return self._file_of[name], info
+
     def get(self, name: str, *, copy: bool = False) -> Tensor:  # type: ignore[override]
         """One tensor, on the CPU. Unlike `dict.get` it has no default: a missing tensor is an error.
 

@@ -95,7 +95,7 @@ class CheckpointWriter:
                 f"but is {tensor.dtype} {tuple(tensor.shape)}; cast or reshape it before writing."
             )
         data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        _write_all(self._descriptors[file], data.data, info.start)
+        write_all(self._descriptors[file], data.data, info.start)
         self._missing.discard(name)
 
     def close(self) -> None:
@@ -113,8 +113,7 @@ class CheckpointWriter:
         for descriptor in self._descriptors.values():
             os.fsync(descriptor)
         self._close_files()
-        if [file for file, _ in self._plan] != [WEIGHTS_FILE]:
-            self._write_index()
+        write_index(self.directory, self._plan)
 
     def _open(
         self, file: str, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str] | None
@@ -122,7 +121,7 @@ class CheckpointWriter:
         header, places = build_header(tensors, metadata)
         descriptor = os.open(self.directory / file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         self._descriptors[file] = descriptor
-        _write_all(descriptor, memoryview(header), 0)
+        write_all(descriptor, memoryview(header), 0)
         os.ftruncate(descriptor, max([len(header), *(info.stop for info in places.values())]))
         self._place.update({name: (file, info) for name, info in places.items()})
         # A tensor without elements has no bytes, but must be given all the same.
@@ -150,27 +149,52 @@ class CheckpointWriter:
 
     def _check_room(self) -> None:
         needed = sum(tensor_bytes(dtype, shape) for _, tensors in self._plan for dtype, shape in tensors.values())
-        free = shutil.disk_usage(self.directory).free
-        if needed > free:
-            raise RuntimeError(
-                f"'{self.directory.parent}' has {free / 1e9:.2f} GB free and the checkpoint needs "
-                f"{needed / 1e9:.2f} GB; free some space or give another --output_dir."
-            )
-
-    def _write_index(self) -> None:
-        tensors = {name: entry for _, part in self._plan for name, entry in part.items()}
-        index = {
-            "metadata": {
-                "total_parameters": sum(math.prod(shape) for _, shape in tensors.values()),
-                "total_size": sum(tensor_bytes(dtype, shape) for dtype, shape in tensors.values()),
-            },
-            "weight_map": {name: file for file, part in self._plan for name in part},
-        }
-        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-        (self.directory / INDEX_FILE).write_text(text, encoding="utf-8")
+        check_room(self.directory, needed)
 
 
-def _write_all(descriptor: int, data: memoryview, position: int) -> None:
+def check_room(directory: Path, needed: int) -> None:
+    """Refuse to begin what the disk has no room for.
+
+    Args:
+        directory: where it will be written.
+        needed: bytes.
+
+    Raises:
+        RuntimeError: if fewer are free.
+    """
+    free = shutil.disk_usage(directory).free
+    if needed > free:
+        raise RuntimeError(
+            f"'{directory.parent}' has {free / 1e9:.2f} GB free and the checkpoint needs "
+            f"{needed / 1e9:.2f} GB; free some space or give another --output_dir."
+        )
+
+
+def write_index(
+    directory: Path, shards: Sequence[tuple[str, Mapping[str, tuple[torch.dtype, tuple[int, ...]]]]]
+) -> None:
+    """Write `model.safetensors.index.json`, unless the only file has the name that needs no index.
+
+    Args:
+        directory: of the files.
+        shards: for each file its name and its tensors as `(dtype, shape)`.
+    """
+    if [file for file, _ in shards] == [WEIGHTS_FILE]:
+        return
+    tensors = {name: entry for _, part in shards for name, entry in part.items()}
+    index = {
+        "metadata": {
+            "total_parameters": sum(math.prod(shape) for _, shape in tensors.values()),
+            "total_size": sum(tensor_bytes(dtype, shape) for dtype, shape in tensors.values()),
+        },
+        "weight_map": {name: file for file, part in shards for name in part},
+    }
+    text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+    (directory / INDEX_FILE).write_text(text, encoding="utf-8")
+
+
+def write_all(descriptor: int, data: memoryview, position: int) -> None:
+    """Write bytes at a position of a file."""
     # One call writes 2 GB at most, and less when the disk fills up.
     while data:
         done = os.pwrite(descriptor, data, position)
