@@ -83,6 +83,24 @@ def test_an_encoder_is_also_searched_per_layer() -> None:
     assert choice.method == ("dare" if choice.scale == 0.01 else "darex_q")
 
 
+def test_scales_per_layer_win_where_they_score_higher() -> None:
+    """A metric that reads the scales off the weights and is the larger the more the two layers' scales differ."""
+    model, base = finetuned_model("bert", size=8e-3)
+    names = linear_names(model)[:6:5]
+    with DeltaProbe(model, base, density=0.01, names=names) as probe:
+        kept = {name: probe.kept_delta(name) for name in names}
+
+    def spread(model: torch.nn.Module) -> float:
+        weights = named_weights(model)
+        moved = [float((weights[name].detach() - base[name]).abs().sum() / kept[name].abs().sum()) for name in names]
+        return round(abs(1 / moved[0] - 1 / moved[1]), 3)
+
+    choice = choose(model, base, batches(1), density=0.01, names=names, seeds=(0,), metric=spread)
+    assert choice.method == "darex_q" and isinstance(choice.scale, dict)
+    assert set(choice.scale) == set(names) and len(set(choice.scale.values())) == 2
+    assert "one scale per layer" in choice.reasons[-1]
+
+
 def test_labels_decide_where_they_are_given() -> None:
     """A metric that is best where the weights are nearest to those of the scale 0.05."""
     model, base = finetuned_model(size=8e-3)
