@@ -29,9 +29,8 @@ def prune(what: DeltaArguments, text: TextArguments, how: ScaleArguments, *, com
     selection = Selection(what.preset, tuple(what.exclude or ()), what.excluded)
     settings: dict[str, Any] = {"density": what.density, "seed": what.seed, "scale": what.scale, "selection": selection}
     settings["dtype"] = dtype_called(what.values_dtype)
-    Settings(
-        method="dare" if what.method == "wanda" else what.method, **settings
-    )  # refuses what it can before a model is loaded
+    # What can be refused is refused before a model is loaded for its inputs.
+    Settings(method="magnitude" if what.method == "wanda" else what.method, **settings)
     output = check_output_dir(what.output_dir, inputs=[what.base, what.finetuned], overwrite=what.overwrite)
     if what.method == "wanda":
         from sparse_ft.cli.delta_search import input_moments

@@ -1,5 +1,6 @@
 """Fine-tuning deltas: what a fine-tune changed, pruned, stored small, and applied again; start in `random_mask.py`."""
 
+from sparse_ft.deltas.apply import apply_checkpoint
 from sparse_ft.deltas.choose import DeltaChoice, choose, is_decoder
 from sparse_ft.deltas.dare import add_delta, dare, keep_mask
 from sparse_ft.deltas.darex import (
@@ -31,26 +32,42 @@ from sparse_ft.deltas.darex_objectives import (
     output_objective,
     top_logits_change,
 )
+from sparse_ft.deltas.extract import Settings, Summary, extract_delta
+from sparse_ft.deltas.lora import LoraAdapter, LoraTarget, load_lora, lora_deltas
 from sparse_ft.deltas.magnitude import GlobalMagnitude, global_magnitude, magnitude_delta, magnitude_keep
 from sparse_ft.deltas.probe import DeltaProbe
 from sparse_ft.deltas.random_mask import GENERATOR, random_keep, random_positions
+from sparse_ft.deltas.resident import Delta, swap
+from sparse_ft.deltas.scope import Entry, Scope, Selection, align
+from sparse_ft.deltas.store import DeltaFile, rescale
 from sparse_ft.deltas.structural import NeuronGroup, drop_neurons, neuron_groups, structural_delta, structural_keep
 from sparse_ft.deltas.wanda import wanda_delta, wanda_keep
 
 __all__ = [
     "GENERATOR",
+    "Delta",
     "DeltaChoice",
+    "DeltaFile",
     "DeltaProbe",
+    "Entry",
     "GlobalMagnitude",
     "InputMoments",
     "LayerScaleSearch",
     "LayerStatistics",
     "LearnedScales",
+    "LoraAdapter",
+    "LoraTarget",
     "NeuronGroup",
     "OutputChange",
     "ScaleSearch",
+    "Scope",
+    "Selection",
+    "Settings",
+    "Summary",
     "add_delta",
+    "align",
     "analytic_scales",
+    "apply_checkpoint",
     "average_over_seeds",
     "choose",
     "closed_form_eta",
@@ -59,6 +76,7 @@ __all__ = [
     "collect_statistics",
     "dare",
     "drop_neurons",
+    "extract_delta",
     "global_magnitude",
     "is_decoder",
     "kearns_saul",
@@ -66,6 +84,8 @@ __all__ = [
     "label_objective",
     "layer_statistics",
     "learn_scales",
+    "load_lora",
+    "lora_deltas",
     "magnitude_delta",
     "magnitude_keep",
     "neuron_groups",
@@ -74,6 +94,7 @@ __all__ = [
     "published_scale",
     "random_keep",
     "random_positions",
+    "rescale",
     "row_statistics",
     "search_eta",
     "search_grid",
@@ -81,6 +102,7 @@ __all__ = [
     "search_scales_per_layer",
     "structural_delta",
     "structural_keep",
+    "swap",
     "top_logits_change",
     "wanda_delta",
     "wanda_keep",

@@ -268,6 +268,8 @@ class Delta:
 def swap(model: nn.Module, old: Delta, new: Delta, *, check_base: bool = True) -> None:
     """Take one delta off a model and put another on; if the other does not fit, the first one stays.
 
+    Two deltas of one digest are of one base, which was looked at when the first was applied and is not looked at again.
+
     Raises:
         ValueError: as `Delta.apply`.
         RuntimeError: as `Delta.subtract`.
@@ -280,7 +282,7 @@ def swap(model: nn.Module, old: Delta, new: Delta, *, check_base: bool = True) -
     scale = old.applied_scale(model)
     old.subtract(model)
     try:
-        new.apply(model, check_base=check_base)
+        new.apply(model, check_base=check_base and new.header.base_digest != old.header.base_digest)
     except BaseException:
         old.apply(model, scale=scale, check_base=False)
         raise

@@ -85,7 +85,7 @@ def test_another_scale_changes_no_value(tmp_path: Path) -> None:
             rescale(tmp_path / "delta", **bad)
 
 
-@pytest.mark.parametrize(("method", "most"), [("dare", 0.0102), ("structural", 0.0118), ("magnitude", 0.0168)])
+@pytest.mark.parametrize(("method", "most"), [("dare", 0.0105), ("structural", 0.0105), ("magnitude", 0.0172)])
 def test_a_hundredth_of_a_bf16_model_is_small(method: str, most: float, tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     base = {
