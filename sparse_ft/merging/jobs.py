@@ -25,7 +25,7 @@ def make_job(plan: MergePlan, tensor: TensorPlan, inputs: Inputs, workspace: Wor
     """
     base, models = operands_of(tensor, inputs, workspace)
     for source in (*([tensor.base] if tensor.base else []), *tensor.sources):
-        shape = inputs.readers[source.model].shape(source.name)
+        shape = inputs.shape(source)
         if source.rows is None and math.prod(shape) != math.prod(tensor.shape):
             raise ValueError(
                 f"'{source.name}' of '{plan.models[source.model].label}' has shape {shape} but the output's "

@@ -157,6 +157,13 @@ class Inputs:
                     self._descriptors[file] = os.open(file, os.O_RDONLY)
                     stack.callback(os.close, self._descriptors[file])
 
+    def shape(self, source: Source) -> tuple[int, ...]:
+        """Shape of a source's tensor: the adapter's where it brought a whole one, which may have more rows."""
+        adapter = self._adapters[source.model]
+        if adapter is not None and source.name in adapter.whole:
+            return adapter.shape(source.name)
+        return self.readers[source.model].shape(source.name)
+
     def forms_whole(self, tensor: TensorPlan) -> bool:
         """Whether an adapter's product has to be formed for a tensor."""
         sources = [tensor.copy] if tensor.copy else [*filter(None, [tensor.base]), *tensor.sources, *tensor.fallbacks]

@@ -10,7 +10,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from merging.checkpoints import merge, near, prepare, read, tensors_of, write
+from merging.checkpoints import merge, near, prepare, read, tensors_of, write, write_tokenizer
+from merging.lora import write_lora
+from safetensors.torch import load_file, save_file
 
 from sparse_ft.merging.plan import NO_ROW, ZERO_ROW
 from sparse_ft.merging.references import ModelRef
@@ -189,6 +191,22 @@ def test_templates_are_valid_and_open_the_answer() -> None:
             messages=messages, add_generation_prompt=True, bos_token="<s>", eos_token="</s>"
         )
         assert shown.index("hi") < shown.index("yes")
+
+
+def test_an_adapter_that_brings_tokens_and_embeddings_of_its_own(place: Path) -> None:
+    name = "model.layers.0.mlp.up_proj.weight"
+    lora = write_lora(place / "lora", {name: (torch.ones(1, 4), torch.ones(6, 1))})
+    write_tokenizer(lora, {**BASE, "new": 6})
+    own = {key: torch.randn(7, 4) for key in (EMBED, HEAD)}
+    file = lora / "adapter_model.safetensors"
+    save_file(load_file(file) | {f"base_model.model.{key}": tensor for key, tensor in own.items()}, file)
+    text = UNION.replace("@other", "@base+@lora")
+    for source in ("@base+@lora", "union"):
+        out = merge(place, text + f"tokenizer_source: {source}")
+        ids = json.loads((place / "out" / "tokenizer.json").read_text())
+        row = ids["model"]["vocab"].get("new") or next(t["id"] for t in ids["added_tokens"] if t["content"] == "new")
+        for key in (EMBED, HEAD):
+            assert torch.allclose(out[key][:4], own[key][:4], atol=1e-6) and torch.equal(out[key][row], own[key][6])
 
 
 def test_a_missing_tokenizer_is_named(place: Path) -> None:
