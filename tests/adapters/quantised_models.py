@@ -7,50 +7,21 @@ from typing import Any, NamedTuple
 
 import bitsandbytes as bnb
 import torch
-from adapters.sparse_models import perturb
+from adapters.sparse_models import CONFIGS, layers_of, pair_of, perturb, pruned, stack_product
+from adapters.wide_models import WIDE as MODELS
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    BitsAndBytesConfig,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
-    OPTConfig,
-    OPTForCausalLM,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from sparse_ft.adapters import LoraPruneConfig, MaskLoraConfig, ScaleLoraConfig
 from sparse_ft.masks import MaskSet
-from sparse_ft.models import canonical_name, find_targets, named_weights
+from sparse_ft.models import canonical_name, model_class, named_weights
 
-CONFIGS: dict[str, Any] = {"mask_lora": MaskLoraConfig, "scale_lora": ScaleLoraConfig, "lora_prune": LoraPruneConfig}
 KINDS: dict[str, dict[str, Any]] = {
     "nf4": dict(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
     "nf4-double": dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True),
     "fp4": dict(load_in_4bit=True, bnb_4bit_quant_type="fp4"),
     "int8": dict(load_in_8bit=True),
-}
-
-
-# bitsandbytes' kernels for the CPU need rows of whole blocks: numbers of inputs are multiples of 64
-_SIZES = dict(vocab_size=96, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64)
-_SPECIAL = dict(bos_token_id=0, eos_token_id=1, pad_token_id=2)
-_KV = dict(intermediate_size=128, num_key_value_heads=2)
-MODELS: dict[str, Any] = {
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**_SIZES, **_SPECIAL, **_KV)),
-    "gpt2": lambda: GPT2LMHeadModel(
-        GPT2Config(vocab_size=96, n_embd=64, n_layer=2, n_head=4, n_positions=64, n_inner=128, **_SPECIAL)
-    ),
-    "opt": lambda: OPTForCausalLM(OPTConfig(**_SIZES, **_SPECIAL, ffn_dim=128, word_embed_proj_dim=64)),
-    "mixtral": lambda: MixtralForCausalLM(
-        MixtralConfig(**_SIZES, **_SPECIAL, **_KV, num_local_experts=4, num_experts_per_tok=2)
-    ),
 }
 
 
@@ -65,15 +36,18 @@ class Stored(NamedTuple):
         self, kind: str, compute: torch.dtype = torch.float32, skip: list[str] | None = None, **options: Any
     ) -> PreTrainedModel:
         """The model, loaded in 4 or 8 bits, apart from the head and what is skipped."""
-        settings = {**KINDS[kind], "llm_int8_skip_modules": ["lm_head", *(skip or [])]}
+        settings = {**KINDS[kind], "llm_int8_skip_modules": ["lm_head", "cls", *(skip or [])]}
         if "load_in_4bit" in settings:
             settings["bnb_4bit_compute_dtype"] = compute
         config = BitsAndBytesConfig(**settings)
-        return AutoModelForCausalLM.from_pretrained(self.path, quantization_config=config, **options)
+        return self._load(quantization_config=config, **options)
 
     def plain(self, **options: Any) -> PreTrainedModel:
         """The model as it is stored."""
-        return AutoModelForCausalLM.from_pretrained(self.path, **options)
+        return self._load(**options)
+
+    def _load(self, **options: Any) -> PreTrainedModel:
+        return model_class(AutoConfig.from_pretrained(self.path)).from_pretrained(self.path, **options)
 
     def dequantised(self, quantised: nn.Module, dtype: torch.dtype) -> PreTrainedModel:
         """The plain model with the weights of a quantised one."""
@@ -111,16 +85,7 @@ def store(
 ) -> Stored:
     """A sparse model, saved: half of each row's weights kept, or the largest n of every m."""
     torch.manual_seed(seed)
-    model = MODELS[name]().to(dtype)
-    targets = find_targets(model)
-    scores = {target.name: named_weights(model)[target.name].detach().float().abs() for target in targets}
-    masks = MaskSet.from_scores(
-        scores,
-        pattern=pattern,
-        sparsity=0.6 if pattern == "unstructured" else None,
-        input_dims={target.name: target.input_dim for target in targets},
-    )
-    masks.apply_(model)
+    model, masks = pruned(MODELS[name]().to(dtype), pattern=pattern)
     model.save_pretrained(path)
     return Stored(path, masks, {key: weight.detach().clone() for key, weight in named_weights(model).items()})
 
@@ -146,15 +111,14 @@ def randomise(model: nn.Module, method: str, *, adapter: str = "default", seed: 
 
 def factors(model: PeftModel, name: str, adapter: str = "default") -> tuple[Tensor, Tensor]:
     """A and B beside a weight of the plain model."""
-    layer = model.base_model.model.get_submodule(name.removesuffix(".weight"))
-    return layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    return pair_of(layers_of(model)[name], adapter)
 
 
 def effective(
     method: str, weight: Tensor, mask: Tensor, A: Tensor, B: Tensor, *, transposed: bool = False, merged: bool = False
 ) -> Tensor:
     """The formulas of the paper with c = 2, for a weight in the layout of its mask."""
-    product = (B @ A).t() if transposed else B @ A
+    product = stack_product(A, B, mask.shape) if mask.ndim == 3 else (B @ A).t() if transposed else B @ A
     if method == "scale_lora":
         return weight * product
     return weight + 2 * product * (mask if merged or method == "mask_lora" else torch.ones_like(mask))

@@ -10,12 +10,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparse_ft.adapters import LoraPruneConfig, MaskLoraConfig, ScaleLoraConfig
+from sparse_ft.adapters.masked_layer import MaskedExperts, MaskedLayer
 from sparse_ft.masks import MaskSet
 from sparse_ft.models import canonical_name, find_targets, named_weights
 
 CONFIGS = {"mask_lora": MaskLoraConfig, "scale_lora": ScaleLoraConfig, "lora_prune": LoraPruneConfig}
 every_method = pytest.mark.parametrize("method", list(CONFIGS))
-ARCHITECTURES = ("llama", "gpt2", "opt", "mixtral", "bert", "t5")
+FAMILIES = ["llama", "gpt2", "opt", "mixtral", "bert", "t5"]
+every_family = pytest.mark.parametrize("name", FAMILIES)
 
 
 def sparse_model(
@@ -27,7 +29,13 @@ def sparse_model(
     seed: int = 0,
 ) -> tuple[PreTrainedModel, MaskSet]:
     """A tiny model with its smallest weights pruned, and the masks. The same arguments give the same model."""
-    model = TINY[name](seed).to(dtype)
+    return pruned(TINY[name](seed).to(dtype), pattern=pattern, sparsity=sparsity)
+
+
+def pruned(
+    model: PreTrainedModel, *, pattern: str = "unstructured", sparsity: float = 0.6
+) -> tuple[PreTrainedModel, MaskSet]:
+    """The model with its smallest weights pruned in place, and the masks."""
     weights, targets = named_weights(model), find_targets(model)
     masks = MaskSet.from_scores(
         {target.name: weights[target.name].detach().float().abs() for target in targets},
@@ -79,3 +87,30 @@ def train(model: nn.Module, *, steps: int = 3, lr: float = 1e-2) -> None:
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
     """Copies of all parameters by canonical name."""
     return {name: weight.detach().clone() for name, weight in named_weights(model).items()}
+
+
+def layers_of(model: nn.Module) -> dict[str, MaskedLayer]:
+    """Adapted layers by the name of their parameter."""
+    layers = [layer for layer in model.modules() if isinstance(layer, MaskedLayer)]
+    return {layer.lora_mask["default"].name: layer for layer in layers}
+
+
+def pair_of(layer: MaskedLayer, adapter: str = "default") -> tuple[Tensor, Tensor]:
+    """A and B as PEFT holds them."""
+    return layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+
+
+def product(layer: MaskedLayer, A: Tensor, B: Tensor) -> Tensor:
+    """B A in the layout of the weight."""
+    if isinstance(layer, MaskedExperts):
+        return stack_product(A, B, layer.get_param().shape)
+    return (B @ A).T if layer.fan_in_fan_out else B @ A
+
+
+def stack_product(A: Tensor, B: Tensor, shape: torch.Size) -> Tensor:
+    """B A of each expert in a stack of this shape, from the parameters as PEFT holds them."""
+    experts = shape[0]
+    r = A.shape[0] // experts
+    each = [B[:, [j * experts + e for j in range(r)]] @ A[e * r : (e + 1) * r] for e in range(experts)]
+    stack = torch.stack(each)
+    return stack if stack.shape == shape else stack.mT

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from adapters.saved_adapter import CONFIG, WEIGHTS, Route, Saved, by_peft_model, every_route, files
-from adapters.sparse_models import ARCHITECTURES, CONFIGS, adapted, every_method, logits, perturb, sparse_model
+from adapters.sparse_models import CONFIGS, FAMILIES, adapted, every_method, logits, perturb, sparse_model
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -40,7 +40,7 @@ def test_every_route_on_other_layouts(tmp_path: Path, name: str, method: str, ro
 
 
 @every_method
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_save_load_save_gives_the_same_bytes(tmp_path: Path, name: str, method: str) -> None:
     model, masks = sparse_model(name)
     options = (

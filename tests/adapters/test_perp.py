@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from adapters.sparse_models import logits, snapshot, sparse_model
-from adapters.test_perp_groups import FAMILIES, UNTIED, declared
+from adapters.sparse_models import FAMILIES, logits, snapshot, sparse_model
+from adapters.test_perp_groups import UNTIED, declared
 from peft import PeftModel
-from tiny_models import VOCABULARY, tiny_batch
+from tiny_models import CAUSAL, VOCABULARY, tiny_batch
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
@@ -79,12 +79,12 @@ def test_exactly_the_declared_parameters_are_trained(family: str, method: str, d
 
 
 @pytest.mark.parametrize("method", ["mask_lora+norms", "mask_lora+biases+norms", "scale_lora+biases", "head+norms"])
-@pytest.mark.parametrize("family", ["llama", "opt", "neox", "mixtral"])
+@pytest.mark.parametrize("family", [*FAMILIES, "neox"])
 def test_saved_and_loaded_is_trained(family: str, method: str, tmp_path: Path) -> None:
     if "head" in method and family not in UNTIED:
         pytest.skip("the head is tied")
     model, masks = sparse_model(family)
-    prepared = prepare_perp(model, method, masks, r=4)
+    prepared = prepare_perp(model, method, masks, r=4, task_type="CAUSAL_LM" if family in CAUSAL else None)
     steps(prepared)
     expected, trained = logits(prepared), snapshot(prepared)
     prepared.save_pretrained(tmp_path)
@@ -208,6 +208,11 @@ RUNS = [
     ("llama", "mask_lora+norms", torch.float32),
     ("opt", "mask_lora+biases+norms", torch.bfloat16),
     ("llama", "head+norms", torch.float32),
+    ("bert", "biases+norms", torch.float32),
+    ("t5", "norms", torch.float32),
+    ("bert", "scale_lora+biases+norms", torch.float32),
+    ("t5", "mask_lora+norms", torch.float32),
+    ("mixtral", "scale_lora+norms+head", torch.bfloat16),
 ]
 
 
@@ -216,7 +221,7 @@ def test_resumed_is_straight(family: str, method: str, dtype: torch.dtype, tmp_p
     def run(directory: Path, resume: str | None) -> dict[str, Tensor]:
         model, masks = sparse_model(family, dtype=dtype)
         torch.manual_seed(5)
-        prepared = prepare_perp(model, method, masks, r=4)
+        prepared = prepare_perp(model, method, masks, r=4, task_type="CAUSAL_LM" if family in CAUSAL else None)
         one = trainer(prepared, masks, directory, bf16=dtype == torch.bfloat16)
         one.train(resume_from_checkpoint=resume)
         merged = merge_perp(one.model)

@@ -35,7 +35,5 @@ WIDE: dict[str, Callable[[], PreTrainedModel]] = {
         MixtralConfig(**_SIZES, **_SPECIAL, **_KV, num_local_experts=4, num_experts_per_tok=2)
     ),
     "bert": lambda: BertForMaskedLM(BertConfig(**_SIZES, pad_token_id=2, intermediate_size=128)),
-    "t5": lambda: T5ForConditionalGeneration(
-        T5Config(**_T5, decoder_start_token_id=0, pad_token_id=2, eos_token_id=1)
-    ),
+    "t5": lambda: T5ForConditionalGeneration(T5Config(**_T5, decoder_start_token_id=0, pad_token_id=2, eos_token_id=1)),
 }
