@@ -8,6 +8,8 @@ Source: Zimmer et al., PERP, arXiv 2312.15230, section 3, for the groups and ada
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_ft.adapters.perp import ADAPTERS, PerpMethod, group_parameters, merge_perp, parse_method, prepare_perp
+from sparse_ft.adapters.perp import (
+    ADAPTERS,
+    PerpMethod,
+    group_parameters,
+    merge_perp,
+    parse_method,
+    prepare_perp,
+)
 from sparse_ft.masks import MaskSet, keep_bits, mask_
 from sparse_ft.pruning.plan import check_choice
 
@@ -93,19 +102,23 @@ def parse_training(text: str) -> Training:
 def grouped_names(model: nn.Module, training: Training, masks: MaskSet, blocks: Sequence[str]) -> frozenset[str]:
     """Canonical names of the parameters of a training's groups inside the blocks, those with a mask left out.
 
+    Warns of a group that this model has not, if there is something else to train.
+
     Raises:
-        ValueError: if a group has none in this model.
+        ValueError: if nothing is left to train.
     """
     found: set[str] = set()
+    missing: list[str] = []
     inside = tuple(f"{block}." for block in blocks)
     for group in training.groups:
         names = {n for n in group_parameters(model, group) if n.startswith(inside) and n not in masks}
-        if not names:
-            raise ValueError(
-                f"The blocks of {type(model).__name__} have no {group} to train; leave '{group}' out of "
-                f"train (--reconstruct_with) '{training}', or use full."
-            )
         found |= names
+        if not names:
+            missing.append(f"The blocks of {type(model).__name__} have no {group} to train")
+    if missing and not found and training.weights is None:
+        raise ValueError(f"{'; '.join(missing)}; use another group, full, or an adapter such as mask_lora.")
+    for sentence in missing:
+        warnings.warn(f"{sentence}; the rest of {training} is trained.", stacklevel=5)
     return frozenset(found)
 
 
@@ -117,8 +130,8 @@ class TrainedWindow:
         weights: `Training.weights`.
         masks: bool, by parameter name in the module: the window's matrices.
         groups: names of other parameters to train.
-        r: rank of an adapter, at most the shorter side of the window's largest matrix.
-        lora_alpha: of an adapter.
+        r: rank of an adapter; a matrix with a shorter side below r gets that as its rank.
+        lora_alpha: of an adapter: its scale is lora_alpha / r, None for 2, whatever a matrix's own rank.
         seed: of an adapter's random factors.
 
     Attributes:
@@ -171,15 +184,22 @@ def _mask_gradient(keep: Tensor, parameter: Tensor) -> None:
 def _adapted(
     module: nn.Module, adapter: str, masks: Mapping[str, Tensor], r: int, lora_alpha: int | None, seed: int
 ) -> nn.Module:
-    longest = max(min(mask.shape[-2:]) for mask in masks.values())
+    """Attach an adapter, of a lower rank but the same scale where a matrix is narrower than r."""
+    limits = {name: min(mask.shape[-2:]) for name, mask in masks.items()}
+    # PEFT takes these keys for the ends of names unless they say where a name begins.
+    cut = {f"^{re.escape(_key(masks, name))}": limit for name, limit in limits.items() if limit < r}
+    options: dict[str, Any] = {"rank_pattern": cut}
+    if adapter != "scale_lora":
+        scale = 2.0 if lora_alpha is None else lora_alpha / r
+        options["alpha_pattern"] = {key: scale * limit for key, limit in cut.items()}
     devices = [p.device for p in list(module.parameters())[:1] if p.device.type == "cuda"]
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         return prepare_perp(
-            module,
-            PerpMethod(adapter, ()),
-            MaskSet(masks),
-            r=min(r, longest),
-            lora_alpha=lora_alpha,
-            task_type=None,
+            module, PerpMethod(adapter, ()), MaskSet(masks), r=r, lora_alpha=lora_alpha, task_type=None, **options
         )
+
+
+def _key(masks: Mapping[str, Tensor], name: str) -> str:
+    """What PEFT calls a parameter: by its module, or fused experts by their own name."""
+    return name if masks[name].ndim == 3 else name.removesuffix(".weight")
