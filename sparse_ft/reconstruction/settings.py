@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sparse_ft.masks import MaskSet
@@ -19,6 +20,7 @@ from sparse_ft.reconstruction.trained import Training, grouped_names, parse_trai
 from sparse_ft.reconstruction.windows import GRANULARITIES
 
 Batch = dict[str, Any]
+_TRAINED_IN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -70,12 +72,12 @@ def check_settings(
             "stream 'sparse' or 'dense', or granularity 'attn_mlp'."
         )
     rate = learning_rate
-    if rate is not None and (not isinstance(rate, (int, float)) or not math.isfinite(rate) or rate <= 0):
+    if rate is not None and not (_is_number(rate) and 0 < rate < math.inf):
         raise ValueError(f"The learning rate is {rate!r} but must be a positive number, such as 1e-4.")
     for name, value, least in (("iterations", iterations, 0), ("batch_size", batch_size, 1), ("r", r, 1)):
         if value is not None and (not isinstance(value, int) or value < least):
             raise ValueError(f"{name} is {value!r} but must be an integer of at least {least}.")
-    if not isinstance(warmup, (int, float)) or not math.isfinite(warmup) or warmup < 0:
+    if not (_is_number(warmup) and 0 <= warmup < math.inf):
         raise ValueError(f"warmup is {warmup!r} but must be a number of steps, or a share of all in [0, 1).")
     if autocast not in (None, True, False):
         raise ValueError(f"autocast is {autocast!r} but must be True (bfloat16), False, or None to go by the model.")
@@ -84,23 +86,30 @@ def check_settings(
             f"lora_alpha is given, but train (--reconstruct_with) '{training}' has no adapter it applies to; leave it "
             f"out."
         )
+    if lora_alpha is not None and not (_is_number(lora_alpha) and 0 < lora_alpha < math.inf):
+        raise ValueError(f"lora_alpha is {lora_alpha!r} but must be a positive number; 2 r is usual.")
     return Settings(
         training, granularity, stream, iterations, batch_size, rate, float(warmup), autocast, r, lora_alpha,
         seed, progress,
     )  # fmt: skip
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def check_models(model: nn.Module, dense: nn.Module) -> None:
     """Check that the dense model has the sparse one's tensors, in the same shapes and dtypes. Meta tensors will do.
 
     Raises:
-        ValueError: naming the tensor that differs, with both shapes or dtypes.
+        ValueError: naming the tensor that differs, with both shapes or dtypes, or one that is quantised.
     """
     if model is dense:
         raise ValueError("The dense model is the sparse model itself; load the model it was pruned from once more.")
     for what, one in (("sparse", model), ("dense", dense)):
         if getattr(one, "peft_config", None):
             raise ValueError(f"The {what} model has an adapter; merge it first.")
+        _check_plain(what, one)
     ours, theirs = _tensors(model), _tensors(dense)
     for name in [*ours, *theirs]:
         if name not in ours or name not in theirs:
@@ -121,11 +130,22 @@ def check_models(model: nn.Module, dense: nn.Module) -> None:
             )
 
 
+def _check_plain(what: str, model: nn.Module) -> None:
+    """Refuse weights that are stored as codes, whatever library packed them."""
+    for name, weight in _tensors(model).items():
+        if weight.dtype not in _TRAINED_IN:
+            form = f"{type(weight).__name__} of {str(weight.dtype).removeprefix('torch.')} {tuple(weight.shape)}"
+            raise ValueError(
+                f"The {what} model is quantised: '{name}' is a {form}; reconstruction works on the unquantised model, "
+                f"so load it in float32, bfloat16 or float16, and quantise the result."
+            )
+
+
 def check_trained(model: nn.Module, masks: MaskSet, settings: Settings) -> frozenset[str]:
     """Check that there is something to train; the names of the groups' parameters.
 
     Raises:
-        ValueError: if no mask lies in a block, or a group is empty.
+        ValueError: if no mask lies in a block, or there is nothing to train.
     """
     blocks = [name for name, _ in find_blocks(model)]
     inside = tuple(f"{block}." for block in blocks)
@@ -138,7 +158,7 @@ def check_trained(model: nn.Module, masks: MaskSet, settings: Settings) -> froze
         warnings.warn(
             "granularity 'linear' fits each matrix by itself: without a nonlinearity in the window errors build up, "
             "and the result is worse than with 'attn_mlp'.",
-            stacklevel=3,
+            stacklevel=4,
         )
     return grouped_names(model, settings.train, masks, blocks)
 

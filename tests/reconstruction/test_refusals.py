@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from adapters.sparse_models import adapted
-from reconstruction.pairs import bits, changed, only, pair, texts
+from reconstruction.pairs import QUICK, bits, changed, pair, texts
 from tiny_models import TINY
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -33,6 +33,11 @@ ARGUMENTS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "batch size": (dict(batch_size=0), ("batch_size", "0")),
     "rank": (dict(train="mask_lora", r=0), ("r is 0",)),
     "lora_alpha": (dict(lora_alpha=8), ("lora_alpha", "full")),
+    "no scale": (dict(train="mask_lora", lora_alpha=0), ("lora_alpha is 0", "positive")),
+    "negative scale": (dict(train="lora_prune", lora_alpha=-8), ("lora_alpha is -8", "positive")),
+    "NaN scale": (dict(train="mask_lora+norms", lora_alpha=float("nan")), ("lora_alpha is nan", "positive")),
+    "infinite scale": (dict(train="mask_lora", lora_alpha=float("inf")), ("lora_alpha is inf", "positive")),
+    "text as scale": (dict(train="mask_lora", lora_alpha="32"), ("lora_alpha is '32'", "positive")),
     "warmup": (dict(warmup=-0.1), ("warmup", "-0.1")),
     "autocast": (dict(autocast=torch.float16), ("float16", "bfloat16")),
     "few samples": (dict(batch_size=9), ("6 calibration sequences", "takes 9")),
@@ -40,7 +45,6 @@ ARGUMENTS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "text as calibration": (dict(calibration="some text"), ("some text", "token ids")),
     "empty calibration": (dict(calibration=[]), ("no tokens",)),
     "ids of another tokenizer": (dict(calibration=[torch.tensor([[96, 3]])]), ("96", "vocabulary")),
-    "empty group": (dict(train="full+biases"), ("LlamaForCausalLM", "no biases")),
     "empty group alone": (dict(train="biases"), ("LlamaForCausalLM", "no biases")),
     "norms of a matrix": (dict(granularity="linear", train="full+norms"), ("linear", "norms")),
     "drift of a matrix": (dict(granularity="linear", stream="sparse_to_dense"), ("linear", "sparse_to_dense")),
@@ -94,6 +98,23 @@ def test_the_model_itself_is_no_dense_model() -> None:
     refused(("the sparse model itself",), model=model, masks=masks, dense=model)
 
 
+@pytest.mark.parametrize("which", ["model", "dense"])
+def test_quantised_models(which: str) -> None:
+    """As bitsandbytes leaves a weight: two 4-bit codes per byte in one column, or one per weight in a subclass."""
+
+    class Params4bit(torch.nn.Parameter):
+        pass
+
+    model, masks, dense = pair("llama")
+    one = {"model": model, "dense": dense}[which]
+    layer = one.model.layers[0].self_attn.q_proj
+    codes = torch.zeros(layer.weight.numel() // 2, 1, dtype=torch.uint8)
+    layer.weight = torch.nn.Parameter._make_subclass(Params4bit, codes, False)
+    name = {"model": "sparse", "dense": "dense"}[which]
+    naming = (f"The {name} model is quantised", "q_proj.weight", "Params4bit of uint8 (512, 1)", "unquantised model")
+    refused(naming, model=model, masks=masks, dense=dense)
+
+
 def test_masks_of_another_model() -> None:
     refused(("no tensor 'transformer.h.0",), masks=pair("gpt2")[1])
 
@@ -115,12 +136,12 @@ def test_a_model_with_an_adapter() -> None:
     refused(("sparse model has an adapter",), model=model, masks=masks, dense=dense)
 
 
-def test_a_rank_above_a_window_is_cut_to_it() -> None:
+def test_a_group_that_is_empty_beside_others_is_left_out_with_a_warning() -> None:
+    """Llama has no biases: the rest is trained as if they had not been named."""
     model, masks, dense = pair("llama")
-    chosen = only(masks, lambda name: "k_proj" in name)  # (16, 32)
-    result = reconstruct(
-        model, chosen, dense, calibration=texts(), train="mask_lora", r=64, iterations=4, learning_rate=3e-3,
-        progress=False,
-    )  # fmt: skip
-    assert all(row.improved for row in result.windows)
-    masks.verify(model)
+    other = pair("llama")[0]
+    with pytest.warns(UserWarning, match="blocks of LlamaForCausalLM have no biases .*rest of full") as caught:
+        reconstruct(model, masks, dense, calibration=texts(), train="full+biases", **QUICK)
+    assert caught[0].filename == __file__
+    reconstruct(other, masks, dense, calibration=texts(), train="full", **QUICK)
+    assert not changed(model, bits(other))
