@@ -7,6 +7,7 @@ loading fails.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import InitVar, dataclass, field
@@ -46,6 +47,12 @@ REFUSED = {
 }
 
 Config = TypeVar("Config", bound="MaskedLoraConfig")
+
+
+def check_alpha(method: str, name: str, alpha: object) -> None:
+    """Raise ValueError unless an alpha, called `name`, is a positive number: with 0 nothing would be learned."""
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha < math.inf:
+        raise ValueError(f"{method} needs a positive finite alpha, got {name}={alpha!r}; give 2 r for c = 2.")
 
 
 @dataclass
@@ -113,6 +120,9 @@ class MaskedLoraConfig(LoraConfig):
     def _set_alpha(self) -> None:
         if self.lora_alpha is None:
             self.lora_alpha = 2 * self.r
+        patterns = {f"alpha_pattern[{key!r}]": alpha for key, alpha in self.alpha_pattern.items()}
+        for name, alpha in {"lora_alpha": self.lora_alpha, **patterns}.items():
+            check_alpha(self.METHOD, name, alpha)
 
     def record(self, masks: MaskSet, masks_digest: str, weights_digest: str) -> None:
         """Note what the adapter works on; a saved adapter's digests have to agree.

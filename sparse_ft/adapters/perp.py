@@ -39,6 +39,7 @@ from torch import Tensor, nn
 
 from sparse_ft.adapters.lora_prune import LoraPruneConfig
 from sparse_ft.adapters.mask_lora import MaskLoraConfig
+from sparse_ft.adapters.masked_config import check_alpha
 from sparse_ft.adapters.perp_groups import (
     ADAPTERS,
     GROUPS,
@@ -224,7 +225,9 @@ def _config(
         options["bias"] = "all"
     heads = [name.rpartition(".")[0] for name in groups.get("head", [])]
     if method.adapter is None:
-        return LoraConfig(target_modules=heads, lora_alpha=lora_alpha or 2 * options["r"], **options)
+        alpha = 2 * options["r"] if lora_alpha is None else lora_alpha
+        check_alpha("The head's LoRA", "lora_alpha", alpha)
+        return LoraConfig(target_modules=heads, lora_alpha=alpha, **options)
     if lora_alpha is not None:
         options["lora_alpha"] = lora_alpha
     if heads:

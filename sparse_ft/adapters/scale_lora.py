@@ -40,7 +40,7 @@ from sparse_ft.adapters.masked_layer import MaskedExperts, MaskedLayer, MaskedLi
 from sparse_ft.adapters.masked_model import MaskedLoraModel
 from sparse_ft.adapters.peft_type import add_peft_type
 from sparse_ft.adapters.quantised import QuantisedMaskedLinear
-from sparse_ft.adapters.scale_lora_function import scale_lora_linear
+from sparse_ft.adapters.scale_lora_function import scale_lora_linear, scale_lora_weight
 from sparse_ft.masks import mask_
 
 SCALELORA = add_peft_type("SCALELORA")
@@ -82,7 +82,9 @@ class ScaleLoraConfig(MaskedLoraConfig):
     )
 
     def _set_alpha(self) -> None:
-        """There is none."""
+        """There is none, not even 0."""
+        if self.lora_alpha is not None:
+            raise ValueError(f"{self.METHOD} does not support lora_alpha={self.lora_alpha!r}: {_NO_SCALE}.")
 
 
 class _ScaleLayer(MaskedLayer):
@@ -154,6 +156,12 @@ class ScaleLoraLinear(_ScaleLayer, MaskedLinear):
         A, B = self._wide(adapter)
         left, right = ordered_factors(A, B, A.dtype, self.fan_in_fan_out)
         return left @ right
+
+    def _total(self, weight: Tensor, adapters: list[str]) -> Tensor:
+        if len(adapters) > 1:
+            return super()._total(weight, adapters)
+        total = scale_lora_weight(weight, *self._wide(adapters[0]), fan_in_fan_out=self.fan_in_fan_out)
+        return mask_(total, self._bits(adapters[0]))
 
     def _fused(self, x: Tensor, adapter: str, bias: Tensor | None) -> Tensor:
         return self._scaled(x, adapter, bias, change_only=False)

@@ -14,6 +14,7 @@ from peft.tuners.lora.config import ArrowConfig, BdLoraConfig, KasaConfig, LoraG
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from sparse_ft.adapters import prepare_perp
 from sparse_ft.adapters.masked_config import MaskedLoraConfig
 from sparse_ft.masks import MaskSet
 
@@ -98,6 +99,19 @@ def test_gaussian_factors_are_no_start_for_scale_lora() -> None:
 def test_ranks_that_are_none(method: str, r: object) -> None:
     config_refused(method, f"{NAMES[method]} needs an integer rank of at least 1, got r=", r=r)
     config_refused(method, r"got rank_pattern\['k_proj'\]=", rank_pattern={"k_proj": r})
+
+
+@pytest.mark.parametrize("alpha", [0, -8, float("nan"), float("inf"), "16", True])
+def test_alphas_that_are_none(method: str, alpha: object) -> None:
+    if method == "scale_lora":
+        config_refused(method, "ScaleLoRA does not support lora_alpha=", lora_alpha=alpha)
+        return
+    config_refused(method, f"{NAMES[method]} needs a positive finite alpha, got lora_alpha=", lora_alpha=alpha)
+    config_refused(method, r"got alpha_pattern\['k_proj'\]=.* 2 r", alpha_pattern={"q_proj": 8, "k_proj": alpha})
+    assert CONFIGS[method](lora_alpha=0.5).lora_alpha == 0.5
+    model, masks = sparse_model()
+    with pytest.raises(ValueError, match="The head's LoRA needs a positive finite alpha, got lora_alpha="):
+        prepare_perp(model, "head", masks, r=4, lora_alpha=alpha)
 
 
 @pytest.mark.parametrize(("name", "small"), [("llama", "k_proj"), ("gpt2", "c_proj"), ("mixtral", "experts.down_proj")])
