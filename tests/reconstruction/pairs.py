@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from adapters.sparse_models import FAMILIES as ADAPTED
 from adapters.sparse_models import sparse_model
 from tiny_models import TINY, tiny_batch
 from torch import Tensor, nn
@@ -14,8 +15,8 @@ from transformers import PreTrainedModel
 from sparse_ft.masks import MaskSet
 from sparse_ft.models import find_blocks
 
-FAMILIES = ["llama", "gpt2", "opt", "mixtral", "bert", "t5", "neox"]
-QUICK: dict[str, Any] = dict(iterations=6, learning_rate=3e-3, progress=False)
+FAMILIES = [*ADAPTED, "neox"]
+QUICK: dict[str, Any] = dict(iterations=6, learning_rate=3e-3, autocast=False, progress=False)
 
 
 def pair(

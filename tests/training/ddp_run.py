@@ -9,13 +9,24 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from adapters.wide_models import WIDE
 from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    BitsAndBytesConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from sparse_ft.adapters import prepare_perp
 from sparse_ft.masks import MaskSet
@@ -33,6 +44,8 @@ class Case:
     method: str = "full"
     dropout: float = 0.0
     masks_from_zeros: bool = False
+    family: str | None = None  # one of `WIDE` in place of a Llama with biases
+    quantised: bool = False
     arguments: dict[str, Any] = field(default_factory=dict)
 
 
@@ -49,9 +62,13 @@ CASES = {
     "lora_prune and biases": Case("lora_prune+biases"),
     "norms": Case("norms"),
     "biases and embeddings": Case("biases+embeddings"),
+    "conv1d": Case("mask_lora+norms", family="gpt2"),
+    "experts": Case("mask_lora", family="mixtral"),
     "resumed": Case(dropout=0.1, arguments=SAVING),
     "resumed adapter": Case("mask_lora+norms", dropout=0.1, arguments=SAVING),
 }
+if find_spec("bitsandbytes"):
+    CASES["4 bits"] = Case("mask_lora+norms", family="llama", quantised=True)
 
 
 class Rows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
@@ -69,18 +86,41 @@ class Rows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 
 
 def sparse_model(case: Case, seed: int = 0) -> tuple[Any, MaskSet]:
-    """A small Llama with biases, pruned to 60%, ready for what the case trains of it, and its masks."""
+    """A small model, pruned to 60%, ready for what the case trains of it, and its masks."""
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        attention_dropout=case.dropout, attention_bias=True, mlp_bias=True, bos_token_id=0, eos_token_id=1,
-        pad_token_id=2,
-    )  # fmt: skip
-    model: Any = LlamaForCausalLM(config)
+    model = dense_model(case)
     weights = named_weights(model)
     scores = {target.name: weights[target.name].detach().abs() for target in find_targets(model)}
     masks = MaskSet.from_scores(scores, sparsity=0.6).apply_(model)
+    model = in_4_bits(model) if case.quantised else model
     return model if case.method == "full" else prepare_perp(model, case.method, masks, r=4), masks
+
+
+def dense_model(case: Case) -> Any:
+    """A small Llama with biases, or the case's own family without dropout."""
+    if case.family is None:
+        config = LlamaConfig(
+            vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+            attention_dropout=case.dropout, attention_bias=True, mlp_bias=True, bos_token_id=0, eos_token_id=1,
+            pad_token_id=2,
+        )  # fmt: skip
+        return LlamaForCausalLM(config)
+    model = WIDE[case.family]()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+def in_4_bits(model: Any) -> Any:
+    """The model as it is loaded in 4 bits, the head apart."""
+    with tempfile.TemporaryDirectory() as directory:
+        # not by save_pretrained, which writes in process 0 only
+        save_file(model.state_dict(), Path(directory) / "model.safetensors", metadata={"format": "pt"})
+        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=["lm_head"])
+        for settings in (model.config, model.generation_config):
+            settings.save_pretrained(directory)
+        return type(model).from_pretrained(directory, quantization_config=config)
 
 
 class StopAt(TrainerCallback):
@@ -129,7 +169,7 @@ def run_case(name: str, directory: Path, **more: Any) -> tuple[Any, MaskSet, lis
         seed = int(os.environ.get("RANK", "0"))
     model, masks = sparse_model(case, seed)
     callback = MaskCallback(None if case.masks_from_zeros else masks)
-    trainer = make_trainer(case, model, directory, [callback], **more)
+    trainer = make_trainer(case, model, directory, [] if case.quantised else [callback], **more)
     trainer.train()
     assert callback.masks is not None
     return model, callback.masks, trainer.state.log_history
