@@ -4,7 +4,8 @@
 
 Of `transformers.TrainingArguments` it uses `--max_steps` (per window; by default every calibration sequence is used
 once), `--num_train_epochs`, `--learning_rate`, `--per_device_train_batch_size`, `--warmup_steps`, `--seed`, `--bf16`
-(matrix products in training; the default for a model in bfloat16, which `--dtype float32` turns off) and `--use_cpu`.
+(matrix products in training; the default for a model in bfloat16 and where the hardware multiplies it, which `--dtype
+float32` turns off) and `--use_cpu`.
 Checkpoints are streamed, so models of any size and kind will do; the perplexity before and after is measured for causal
 models, and loads them.
 """
@@ -177,8 +178,9 @@ def _check(groups: Sequence[Any]) -> Path:
             raise ValueError(f"Method {METHOD!r} does not take --{name} {given}: {reason}; leave it out.")
     if how.dtype not in ("auto", "float32") or (how.dtype == "float32" and training.bf16):
         raise ValueError(
-            f"Method {METHOD!r} trains weights in float32, their products in bfloat16 with --bf16 or for a model in "
-            f"bfloat16, else in float32 as with --dtype float32; --dtype {how.dtype} does not go with that."
+            f"Method {METHOD!r} trains weights in float32, their products in bfloat16 with --bf16, for a model in "
+            f"bfloat16 or on hardware for it, else in float32 as with --dtype float32; --dtype {how.dtype} does not go "
+            f"with that."
         )
     if training.max_steps == 0 or (training.max_steps < 0 and not training.num_train_epochs > 0):
         given = f"--max_steps {training.max_steps} and --num_train_epochs {training.num_train_epochs:g}"

@@ -7,15 +7,14 @@
             keep the result if e1 < e0, else the weights it had
         run the block as it is now: its outputs are the inputs of the next block
 
-Of the pass that measures e1 the outputs are kept that later windows, and the next block, take in; so nothing that is
-frozen is computed once per training step.
+How windows are run is in `pieces.py`.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -28,14 +27,12 @@ from tqdm import tqdm
 from sparse_ft.masks import MaskSet, keep_bits, mask_
 from sparse_ft.models import find_blocks
 from sparse_ft.pruning import named_generator
-from sparse_ft.pruning.replay import map_tensors
-from sparse_ft.reconstruction.optimise import OfBatch, RunningLoss, train_window
+from sparse_ft.reconstruction.optimise import multiplies_bfloat16, train_window
+from sparse_ft.reconstruction.pieces import Piece, Pieces
 from sparse_ft.reconstruction.settings import Settings
 from sparse_ft.reconstruction.streams import Streams
 from sparse_ft.reconstruction.trained import TrainedWindow
-from sparse_ft.reconstruction.windows import Arguments, Window, WindowCopy, find_windows, first_tensor
-
-_HALF = (torch.float16, torch.bfloat16)
+from sparse_ft.reconstruction.windows import Window, find_windows
 
 
 @dataclass(frozen=True)
@@ -45,8 +42,8 @@ class WindowResult:
     Attributes:
         block: canonical name of its block.
         window: `"attn"`, `"mlp"`, `"block"`, or the path of a matrix in the block.
-        loss_before: mean squared error before.
-        loss_after: of the weights that the model has now.
+        loss_before: mean squared error before, on at most 16 calibration batches, spread evenly.
+        loss_after: on the same batches, of the weights that the model has now.
         iterations: training steps made.
         improved: False if training did not lower the error, so that the window has the weights it had before.
     """
@@ -57,27 +54,6 @@ class WindowResult:
     loss_after: float
     iterations: int
     improved: bool
-
-
-@dataclass
-class _Piece:
-    """A window ready to be trained; functions of the batch number work with the weights of the moment.
-
-    Attributes:
-        window: which.
-        batches: numbers of the batches that reach it.
-        target: what it should compute.
-        before: its error.
-        after: its error, what it computes being passed on.
-        working: a copy to train: a module, the names its parameters have in the block, and its result for a batch.
-    """
-
-    window: Window
-    batches: Sequence[int]
-    target: OfBatch
-    before: Callable[[], float]
-    after: Callable[[], float]
-    working: Callable[[], tuple[nn.Module, dict[str, str], OfBatch]]
 
 
 class BlockReconstruction:
@@ -96,6 +72,7 @@ class BlockReconstruction:
 
     Attributes:
         learning_rate: at its peak.
+        autocast: whether training steps multiply in bfloat16.
         rows: what became of the windows.
         whole: blocks that have no cut between attention and MLP, where one was asked for.
         skipped: blocks that the model never called.
@@ -119,7 +96,10 @@ class BlockReconstruction:
         given = settings.learning_rate
         self.learning_rate = settings.train.learning_rate(masks) if given is None else given
         self._device = torch.device(device)
-        self._numbers = range(len(batches))
+        stored = {parameter.dtype for _, block in self._blocks for parameter in block.parameters()}
+        fast = torch.bfloat16 in stored or multiplies_bfloat16(self._device)
+        self.autocast = fast if settings.autocast is None else settings.autocast
+        self._count = len(batches)
         self._streams = Streams(
             settings.stream, (model, self._blocks), (dense, self._dense_blocks), batches,
             device=device, dense_device=dense_device, keep=keep,
@@ -182,19 +162,24 @@ class BlockReconstruction:
 
     def _block(self, index: int, more: bool, bar: Any) -> None:
         """Reconstruct one block, and pass its outputs on if `more` blocks follow."""
-        self._advanced = False
+        advanced = False
         if self._trained[self._name]:
             if not self.rows:
                 self._streams.check_called_once(index)
-            pieces = list(self._windows(index))
-            bar.total += len(pieces) - 1
-            for piece in self._pieces(index, pieces, more):
+            windows = self._windows(index)
+            bar.total += len(windows) - 1
+            pieces = Pieces(
+                index, self._blocks[index][1], self._dense_block(index), self._streams, self._count,
+                device=self._device, keep=self._keep, more=more,
+            )  # fmt: skip
+            for piece in pieces.of(windows):
                 if any(piece.window.owns(name) for name in self._trained[self._name]):
                     self.rows.append(self._fit(index, piece))
                 else:
                     piece.after()
                 bar.update()
-        if more and not self._advanced:
+            advanced = pieces.advanced
+        if more and not advanced:
             self._streams.advance(index)
         if more:
             self._streams.advance_target(index)
@@ -211,132 +196,12 @@ class BlockReconstruction:
             windows.pop()
         return windows
 
-    def _pieces(self, index: int, windows: Sequence[Window], more: bool) -> Iterator[_Piece]:
-        """Each window when those before it are done."""
-        block, dense = self._blocks[index][1], self._dense_block(index)
-        if self._settings.granularity == "linear":
-            for window in windows:
-                yield self._matrix(block, dense, window)
-            return
-        replayed: dict[str, list[Any]] = {}
-        targets = self._targets(dense, windows, replayed)
-        for number, window in enumerate(windows):
-            yield self._part(index, window, windows[number + 1 :], targets.pop(window.name), replayed, more)
-
     def _dense_block(self, index: int) -> nn.Module:
         dense = self._dense_blocks[index][1]
         here = all(parameter.device == self._device for parameter in dense.parameters())
         return dense if here else deepcopy(dense).to(self._device)
 
-    @torch.no_grad()
-    def _targets(
-        self, dense: nn.Module, windows: Sequence[Window], replayed: dict[str, list[Any]]
-    ) -> dict[str, list[Tensor]]:
-        """What the dense block computes at the end of each window, per batch.
-
-        With dense inputs its own outputs are also those that later windows replay.
-        """
-        stops = [window.stop for window in windows if window.stop is not None]
-        record = windows[-1].unused if self._streams.is_dense else {}
-        copied = WindowCopy(dense, Window("block"), watch=stops, record=record, keep=self._keep)
-        targets: dict[str, list[Tensor]] = {window.name: [] for window in windows}
-        for number in self._numbers:
-            result = copied(self._streams.dense_inputs(number))
-            for window in windows:
-                targets[window.name].append(copied.seen[window.stop] if window.stop else self._keep(result))
-            for path, output in copied.outputs.items():
-                replayed.setdefault(path, []).append(output)
-        return targets
-
-    def _part(
-        self,
-        index: int,
-        window: Window,
-        following: Sequence[Window],
-        targets: list[Tensor],
-        replayed: dict[str, list[Any]],
-        more: bool,
-    ) -> _Piece:
-        """A window that runs the block's own forward."""
-        block = self._blocks[index][1]
-
-        def outputs(number: int) -> dict[str, Any]:
-            return {
-                path: map_tensors(replayed[path][number], lambda tensor: tensor.to(self._device, copy=True))
-                for path in window.replayed
-            }
-
-        @torch.no_grad()
-        def error(record: Mapping[str, frozenset[int]]) -> float:
-            copied, loss = WindowCopy(block, window, record=record, keep=self._keep), RunningLoss()
-            for path in record:
-                replayed[path] = []
-            for number in self._numbers:
-                loss.add(copied(self._streams.inputs(number), outputs(number)), targets[number])
-                for path, output in copied.outputs.items():
-                    replayed[path].append(output)
-            return loss.mean()
-
-        def after() -> float:
-            if window.stop is None and not self._streams.is_dense:
-                self._advanced, loss = True, RunningLoss()
-                self._streams.advance(index, lambda number, result: loss.add(result, targets[number]), record=more)
-                return loss.mean()
-            needed = {path: unused for other in following for path, unused in other.unused.items()}
-            within = {path: unused for path, unused in needed.items() if path in window.modules}
-            return error({} if self._streams.is_dense else within)
-
-        def working() -> tuple[nn.Module, dict[str, str], OfBatch]:
-            copied = WindowCopy(block, window, share=False)
-            widen(copied.module)
-
-            def forward(number: int) -> Tensor:
-                return copied(widened(self._streams.inputs(number)), widened(outputs(number)))
-
-            return copied.module, {name: name for name, _ in copied.module.named_parameters()}, forward
-
-        return _Piece(window, self._numbers, targets.__getitem__, lambda: error({}), after, working)
-
-    @torch.no_grad()
-    def _matrix(self, block: nn.Module, dense: nn.Module, window: Window) -> _Piece:
-        """A window that is one module, called with what reaches it."""
-        path, is_dense = window.name, self._streams.is_dense
-        copied = WindowCopy(dense if is_dense else block, Window(path, stop=path))
-        calls: dict[int, Arguments] = {}
-        targets: dict[int, Tensor] = {}
-        for number in self._numbers:
-            call = copied.reach(self._streams.inputs(number))
-            if call is None or first_tensor(call).numel() == 0:
-                continue
-            calls[number] = map_tensors(call, self._keep)
-            targets[number] = self._keep(first_tensor(dense.get_submodule(path)(*call[0], **call[1])))
-
-        def given(number: int) -> Arguments:
-            args, kwargs = map_tensors(calls[number], lambda tensor: tensor.to(self._device, copy=True))
-            return args, kwargs
-
-        @torch.no_grad()
-        def error() -> float:
-            loss, module = RunningLoss(), block.get_submodule(path)
-            for number in calls:
-                args, kwargs = given(number)
-                loss.add(first_tensor(module(*args, **kwargs)), targets[number])
-            return loss.mean()
-
-        def working() -> tuple[nn.Module, dict[str, str], OfBatch]:
-            holder = nn.ModuleDict({"matrix": deepcopy(block.get_submodule(path)).eval()})
-            widen(holder)
-
-            def forward(number: int) -> Tensor:
-                args, kwargs = widened(given(number))
-                return first_tensor(holder["matrix"](*args, **kwargs))
-
-            names = {name: name.replace("matrix", path, 1) for name, _ in holder.named_parameters()}
-            return holder, names, forward
-
-        return _Piece(window, list(calls), targets.__getitem__, error, error, working)
-
-    def _fit(self, index: int, piece: _Piece) -> WindowResult:
+    def _fit(self, index: int, piece: Piece) -> WindowResult:
         """Train one window; keep the result if its error, merged and in the model's dtype, is lower."""
         before, steps = piece.before(), 0
         if piece.batches and math.isfinite(before) and before > 0 and self._settings.iterations != 0:
@@ -350,7 +215,7 @@ class BlockReconstruction:
         piece.after()
         return WindowResult(self._name, piece.window.name, before, before, steps, False)
 
-    def _train(self, index: int, piece: _Piece, before: float) -> tuple[dict[str, Tensor], int]:
+    def _train(self, index: int, piece: Piece, before: float) -> tuple[dict[str, Tensor], int]:
         """The values of the window's parameters by name in the block, in fp32, and the number of steps."""
         how, key = self._settings, f"{self._name}.{piece.window.name}"
         module, names, forward = piece.working()
@@ -360,15 +225,13 @@ class BlockReconstruction:
         groups = [own for own, name in canonical.items() if name in self._groups]
         seed = named_generator(how.seed, key).initial_seed()
         trained = TrainedWindow(module, how.train.weights, masks, groups, r=how.r, lora_alpha=how.lora_alpha, seed=seed)
-        block, steps, autocast = self._blocks[index][1], 0, how.autocast
-        if autocast is None:
-            autocast = any(block.get_parameter(name).dtype == torch.bfloat16 for name in ours.values())
+        steps = 0
         if trained.parameters:
             steps = train_window(
                 trained.parameters, forward, piece.target, piece.batches,
                 iterations=len(piece.batches) if how.iterations is None else how.iterations,
                 learning_rate=self.learning_rate, generator=named_generator(how.seed, key), warmup=how.warmup,
-                before=before, autocast=torch.bfloat16 if autocast else None,
+                before=before, autocast=torch.bfloat16 if self.autocast else None,
             )  # fmt: skip
         return {ours[own]: value for own, value in trained.finish().items()}, steps
 
@@ -383,13 +246,3 @@ class BlockReconstruction:
             if f"{self._name}.{name}" in self._masks:
                 mask_(parameter.data, keep_bits(self._masks[f"{self._name}.{name}"].to(parameter.device)))
         return previous
-
-
-def widen(module: nn.Module) -> None:
-    """Put all 16-bit parameters and buffers of a module into fp32."""
-    module._apply(lambda tensor: tensor.float() if tensor.dtype in _HALF else tensor)
-
-
-def widened(value: Any) -> Any:
-    """Nested arguments with all 16-bit tensors in fp32."""
-    return map_tensors(value, lambda tensor: tensor.float() if tensor.dtype in _HALF else tensor)

@@ -18,6 +18,16 @@ from torch import Tensor
 OfBatch = Callable[[int], Tensor]
 
 
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether the device has instructions for matrix products in bfloat16, several times as fast as those in fp32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu":
+        return False
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older releases of torch do not tell
+    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+
+
 def squared_error(result: Tensor, target: Tensor) -> Tensor:
     """Sum of squared differences, in fp32 or wider."""
     dtype = torch.promote_types(result.dtype, torch.float32)

@@ -9,8 +9,8 @@ Each window of each block is trained by itself to compute what the dense block c
 
 It takes the activations of one block and the optimizer state of one window, and pruned weights stay exactly zero.
 
-Departures from the sources: the loss is divided by its value before training, and a window whose error on the
-calibration data does not get lower keeps its weights.
+Departures from the sources: the loss is divided by its value before training, and a window whose error does not get
+lower keeps its weights. That error is a mean over at most 16 batches of the calibration data, spread evenly.
 
 Source: Zimmer et al., PERP, arXiv 2312.15230 (layer-wise reconstruction), and arXiv 2510.14444 (attention and MLP as
 windows).
@@ -31,6 +31,7 @@ from sparse_ft.reconstruction.blocks import BlockReconstruction, WindowResult
 from sparse_ft.reconstruction.settings import (
     Batch,
     Settings,
+    Task,
     check_calibration,
     check_models,
     check_settings,
@@ -49,6 +50,7 @@ class ReconstructionResult:
         granularity: as asked for.
         stream: where inputs and targets came from.
         learning_rate: at its peak.
+        autocast: whether training steps multiplied in bfloat16.
         samples: calibration sequences.
         whole_blocks: blocks without a cut between attention and MLP, reconstructed as one window.
         skipped_blocks: blocks the model never called; they are unchanged.
@@ -59,6 +61,7 @@ class ReconstructionResult:
     granularity: str
     stream: str
     learning_rate: float
+    autocast: bool
     samples: int
     whole_blocks: tuple[str, ...] = ()
     skipped_blocks: tuple[str, ...] = ()
@@ -105,10 +108,11 @@ def reconstruct(
         learning_rate: of AdamW at its peak, then linear decay; by default 5e-4, and for `"full"` 0.4 / the least number
             of inputs of a masked matrix (1e-4 for 4096). Choose it on validation data.
         warmup: steps until the peak; below 1 a share of all.
-        autocast: compute the matrix products of training steps in bfloat16; by default if the weights are in bfloat16.
-            Trained weights are in fp32 in either case, and errors are measured in the model's dtype.
-        r: rank of an adapter.
-        lora_alpha: its scale is lora_alpha / r; by default 2 r.
+        autocast: compute the matrix products of training steps in bfloat16; by default if weights are in bfloat16, or
+            the device has instructions for it (AMX, AVX512-BF16, newer GPUs). Trained weights and the loss are in fp32
+            in either case, and errors are measured in the model's dtype.
+        r: rank of an adapter; in a matrix with a shorter side below it, that side.
+        lora_alpha: its scale is lora_alpha / r, with this r everywhere; by default 2 r.
         seed: of the order of the batches, and of adapters.
         activations_dir: directory for activations, which otherwise lie in memory: about four times those between two
             blocks.
@@ -131,26 +135,20 @@ def reconstruct(
         progress=progress,
     )  # fmt: skip
     model, dense = getattr(model, "_orig_mod", model), getattr(dense, "_orig_mod", dense)
-    return reconstruct_with(model, masks, dense, settings, calibration, activations_dir)
+    return reconstruct_with(model, dense, Task(masks, settings, calibration, activations_dir))
 
 
-def reconstruct_with(
-    model: nn.Module,
-    masks: MaskSet,
-    dense: nn.Module,
-    settings: Settings,
-    calibration: Iterable[Any] | None,
-    activations_dir: str | Path | None,
-) -> ReconstructionResult:
+def reconstruct_with(model: nn.Module, dense: nn.Module, task: Task) -> ReconstructionResult:
     """`reconstruct` with checked settings."""
+    masks, settings = task.masks, task.settings
     check_models(model, dense)
     masks.verify(model)
     groups = check_trained(model, masks, settings)
-    batches = check_calibration(model, calibration, settings.batch_size)
+    batches = check_calibration(model, task.calibration, settings.batch_size)
     device, dense_device = (getattr(m, "device", next(m.parameters()).device) for m in (model, dense))
     run = BlockReconstruction(
         model, dense, masks, groups, batches, settings,
-        device=device, dense_device=dense_device, keep=keeper(device, activations_dir),
+        device=device, dense_device=dense_device, keep=keeper(device, task.activations_dir),
     )  # fmt: skip
     run.run()
     return result_of(run, settings, batches)
@@ -164,6 +162,7 @@ def result_of(run: BlockReconstruction, settings: Settings, batches: Sequence[Ba
         granularity=settings.granularity,
         stream=settings.stream,
         learning_rate=run.learning_rate,
+        autocast=run.autocast,
         samples=count_rows(batches),
         whole_blocks=tuple(run.whole),
         skipped_blocks=tuple(run.skipped),

@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,6 +40,23 @@ class Settings:
     lora_alpha: int | None
     seed: int
     progress: bool
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be done to a model, wherever its weights are.
+
+    Attributes:
+        masks: of the model.
+        settings: checked.
+        calibration: data as given.
+        activations_dir: directory for activations; None for memory.
+    """
+
+    masks: MaskSet
+    settings: Settings
+    calibration: Iterable[Any] | None
+    activations_dir: str | Path | None
 
 
 def check_settings(

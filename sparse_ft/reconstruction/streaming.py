@@ -23,7 +23,7 @@ from sparse_ft.pruning.streaming import open_skeleton, open_writer, write_whole
 from sparse_ft.reconstruction.activations import keeper
 from sparse_ft.reconstruction.blocks import BlockReconstruction
 from sparse_ft.reconstruction.reconstruct import ReconstructionResult, reconstruct_with, result_of
-from sparse_ft.reconstruction.settings import Settings, check_calibration, check_models, check_settings, check_trained
+from sparse_ft.reconstruction.settings import Task, check_calibration, check_models, check_settings, check_trained
 
 logger = logging.getLogger(__name__)
 
@@ -94,18 +94,12 @@ def reconstruct_checkpoint(
     if output.resolve() in (directory.resolve(), dense_directory.resolve()):
         raise ValueError(f"The output directory '{output}' is also an input; give another output_dir.")
     masks = MaskSet.load(directory) if masks is None else masks
-    return _reconstruct(directory, dense_directory, output, masks, settings, calibration, activations_dir, device)
+    task = Task(masks, settings, calibration, activations_dir)
+    return _reconstruct(directory, dense_directory, output, task, device)
 
 
 def _reconstruct(
-    directory: Path,
-    dense_directory: Path,
-    output: Path,
-    masks: MaskSet,
-    settings: Settings,
-    calibration: Iterable[Any] | None,
-    activations_dir: str | Path | None,
-    device: torch.device | str,
+    directory: Path, dense_directory: Path, output: Path, task: Task, device: torch.device | str
 ) -> ReconstructionResult:
     reader, dense_reader = CheckpointReader(directory), CheckpointReader(dense_directory)
     try:
@@ -113,10 +107,10 @@ def _reconstruct(
     except CannotStream as reason:
         logger.warning("Loading all of '%s' and '%s' into memory: %s.", directory, dense_directory, reason)
         model, whole = load_model(directory, device=device), load_model(dense_directory, device=device)
-        result = reconstruct_with(model, masks, whole, settings, calibration, activations_dir)
+        result = reconstruct_with(model, whole, task)
         write_whole(model, directory, reader, output)
         return result
-    return _stream(sparse, dense, output, masks, settings, calibration, activations_dir, device)
+    return _stream(sparse, dense, output, task, device)
 
 
 class _Side(Mapping[str, Tensor]):
@@ -143,23 +137,15 @@ class _Side(Mapping[str, Tensor]):
         return len(self.weights.piece_of)
 
 
-def _stream(
-    sparse: _Side,
-    dense: _Side,
-    output: Path,
-    masks: MaskSet,
-    settings: Settings,
-    calibration: Iterable[Any] | None,
-    activations_dir: str | Path | None,
-    device: torch.device | str,
-) -> ReconstructionResult:
+def _stream(sparse: _Side, dense: _Side, output: Path, task: Task, device: torch.device | str) -> ReconstructionResult:
+    masks, settings = task.masks, task.settings
     check_models(sparse.model, dense.model)
     masks.verify(sparse)
     groups = check_trained(sparse.model, masks, settings)
-    batches = check_calibration(sparse.model, calibration, settings.batch_size)
+    batches = check_calibration(sparse.model, task.calibration, settings.batch_size)
     run = BlockReconstruction(
         sparse.model, dense.model, masks, groups, batches, settings,
-        device=device, dense_device=device, keep=keeper(device, activations_dir),
+        device=device, dense_device=device, keep=keeper(device, task.activations_dir),
     )  # fmt: skip
     live, dense_live = (LiveModel(side.model, find_blocks(side.model), side.weights) for side in (sparse, dense))
     written: set[str] = set()

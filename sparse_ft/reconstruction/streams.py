@@ -12,15 +12,17 @@ it. With `dense` the windows do not depend on each other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sparse_ft.pruning.replay import BlockReplay, StopForward, map_tensors, tensors_in
-from sparse_ft.reconstruction.windows import Arguments, first_tensor
+from sparse_ft.pruning.replay import BlockReplay, StandIn, StopForward, map_tensors, tensors_in
+from sparse_ft.reconstruction.windows import Arguments, first_tensor, is_plain
 
 STREAMS = ("sparse", "dense", "sparse_to_dense")
 
@@ -94,7 +96,7 @@ class Streams:
         call = known.get(number)
         if call is None:
             call = self._replays[place].arguments(number)
-            if _is_plain(call):
+            if is_plain(call):
                 call = known[number] = _shared(call, known.get(number - 1))
         args, kwargs = map_tensors(call, lambda tensor: tensor.to(self._device, copy=True))
         return args, kwargs
@@ -118,7 +120,13 @@ class Streams:
                 f"be reconstructed one by one; retrain the model with another method."
             )
 
-    def advance(self, index: int, compare: Callable[[int, Tensor], None] | None = None, *, record: bool = True) -> None:
+    def advance(
+        self,
+        index: int,
+        compare: Callable[[int, Tensor], None] = lambda number, result: None,
+        output: Callable[[str, int], Any] = lambda path, number: None,
+        replayed: Sequence[str] = (),
+    ) -> None:
         """Run the block as it is now in the model that gives the inputs; what it returns is what the next ones get.
 
         It may be run again when its weights have changed.
@@ -126,7 +134,8 @@ class Streams:
         Args:
             index: what `next_block` returned.
             compare: called with the number of each batch and the block's hidden states.
-            record: False if no block follows.
+            output: what a replayed module returns for a batch.
+            replayed: modules of the block that are not run.
         """
         number = 0
 
@@ -134,17 +143,19 @@ class Streams:
             nonlocal number
             number = current
 
-        def returned(block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if compare is not None:
-                compare(number, first_tensor(output))
+        def returned(block: nn.Module, args: tuple[Any, ...], result: Any) -> None:
+            compare(number, first_tensor(result))
 
-        if compare is None and not record:
-            return
+        def answer(path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return output(path, number)
+
         for known in self._known:
             known.clear()
-        hook = self._blocks_of[0][index][1].register_forward_hook(returned)
+        block = self._blocks_of[0][index][1]
+        hook = block.register_forward_hook(returned)
         try:
-            self._replays[0].run(index, record=record, before_batch=started)
+            with _standing_in(block, replayed, answer):
+                self._replays[0].run(index, record=True, before_batch=started)
         finally:
             hook.remove()
 
@@ -154,13 +165,29 @@ class Streams:
             replay.run(index, record=True)
 
 
-def _is_plain(value: Any) -> bool:
-    """Whether nested values hold nothing that a call could change beside tensors, such as a cache of keys."""
-    if isinstance(value, (tuple, list)):
-        return all(map(_is_plain, value))
-    if isinstance(value, dict):
-        return all(map(_is_plain, value.values()))
-    return value is None or isinstance(value, (Tensor, int, float, str, torch.dtype, torch.device))
+@contextmanager
+def _standing_in(block: nn.Module, paths: Sequence[str], answer: Callable[..., Any]) -> Iterator[None]:
+    """Answer the calls of some of a block's own modules inside the `with` block, instead of running them.
+
+    Args:
+        block: changed, and changed back at the end.
+        paths: of the modules.
+        answer: called with a module's path, and the arguments of its call as a tuple and a dictionary.
+    """
+    modules = {id(block.get_submodule(path)): path for path in paths}
+    places = [
+        (parent, name, child)
+        for parent in block.modules()
+        for name, child in parent._modules.items()
+        if child is not None and id(child) in modules
+    ]
+    try:
+        for parent, name, child in places:
+            parent._modules[name] = StandIn(child, partial(answer, modules[id(child)]))
+        yield
+    finally:
+        for parent, name, child in places:
+            parent._modules[name] = child
 
 
 def _shared(call: Arguments, other: Arguments | None) -> Arguments:

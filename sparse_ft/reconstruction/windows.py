@@ -50,6 +50,7 @@ class Window:
         stop: the module at whose call it ends, with that call's first tensor as the result; None: the block's output.
         alone: it is one module, called by itself.
         unused: by path of a replayed module, which tensors of its output the block's result does not depend on.
+        is_rest: it ends the block, and the block hands on nothing that the replayed modules made beside its result.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Window:
     stop: str | None = None
     alone: bool = False
     unused: Mapping[str, frozenset[int]] = field(default_factory=dict)
+    is_rest: bool = False
 
     def owns(self, name: str) -> bool:
         """Whether the parameter of this name in the block is the window's."""
@@ -160,6 +162,21 @@ def _end(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     raise _WindowEnd(args, kwargs)
 
 
+def is_plain(value: Any, *, dictionaries: bool = True) -> bool:
+    """Whether nested values hold nothing that a call could change beside tensors, such as a cache of keys.
+
+    Args:
+        value: anything.
+        dictionaries: whether they may be among them, though a call could put something in.
+    """
+    inner = partial(is_plain, dictionaries=dictionaries)
+    if isinstance(value, (tuple, list)):
+        return all(map(inner, value))
+    if isinstance(value, dict):
+        return dictionaries and all(map(inner, value.values()))
+    return value is None or isinstance(value, (Tensor, int, float, str, torch.dtype, torch.device))
+
+
 def first_tensor(value: Any) -> Tensor:
     """The hidden states: a tensor, or the first one in a tuple or dictionary."""
     return next(iter(tensors_in(value)))
@@ -184,12 +201,19 @@ def find_windows(
     module = WindowCopy(block, Window("block")).module
     if granularity == "linear":
         return _linear_windows(module, arguments(), matrices)
-    calls = _trace(module, arguments())
+    calls, is_alone = _trace(module, arguments())
     windows = _cut(calls, [call for call in calls if _is_attention(call)])
     unused = _examine(module, arguments, windows) if len(windows) > 1 else None
     if unused is None:
         return [Window("block")]
-    return [replace(window, unused={path: unused[path] for path in window.replayed}) for window in windows]
+    return [
+        replace(
+            window,
+            unused={path: unused[path] for path in window.replayed},
+            is_rest=window.stop is None and is_alone,
+        )
+        for window in windows
+    ]
 
 
 @dataclass(frozen=True)
@@ -203,8 +227,11 @@ class _Call:
 
 
 @torch.no_grad()
-def _trace(module: nn.Module, arguments: Arguments) -> list[_Call]:
-    """The calls of a block's outermost modules, in order. Tensors are kept, so that they can be told apart."""
+def _trace(module: nn.Module, arguments: Arguments) -> tuple[list[_Call], bool]:
+    """The calls of a block's outermost modules, in order, and whether its hidden states are all that it hands on.
+
+    Tensors are kept, so that they can be told apart.
+    """
     calls: list[_Call] = []
     depth = 0
 
@@ -226,11 +253,14 @@ def _trace(module: nn.Module, arguments: Arguments) -> list[_Call]:
             hooks.append(inner.register_forward_pre_hook(partial(enter, path), with_kwargs=True))
             hooks.append(inner.register_forward_hook(partial(leave, path), with_kwargs=True))
     try:
-        module(*arguments[0], **arguments[1])
+        output = module(*arguments[0], **arguments[1])
     finally:
         for hook in hooks:
             hook.remove()
-    return calls
+    given = (*arguments[0], *arguments[1].values())
+    parts = [part for part in (output if isinstance(output, (tuple, list)) else (output,)) if part is not None]
+    is_alone = len(parts) == 1 and isinstance(parts[0], Tensor) and is_plain(given, dictionaries=False)
+    return calls, is_alone
 
 
 def _has_matrices(module: nn.Module) -> bool:

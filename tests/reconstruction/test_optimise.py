@@ -10,7 +10,14 @@ import torch
 from torch import nn
 
 from sparse_ft.reconstruction.activations import in_file, keeper
-from sparse_ft.reconstruction.optimise import RunningLoss, learning_rates, shuffled, squared_error, train_window
+from sparse_ft.reconstruction.optimise import (
+    RunningLoss,
+    learning_rates,
+    multiplies_bfloat16,
+    shuffled,
+    squared_error,
+    train_window,
+)
 
 
 def generator() -> torch.Generator:
@@ -84,6 +91,17 @@ def test_training_lowers_the_loss() -> None:
 
 def test_training_stops_when_the_loss_is_not_finite() -> None:
     assert fit(1.0, learning_rate=1e38)[1] < 40
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"), [({"amx_bf16": True}, True), ({"avx512_bf16": True}, True), ({}, False)]
+)
+def test_processors_that_multiply_bfloat16(
+    found: dict[str, bool], expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, **found}, raising=False)
+    assert multiplies_bfloat16(torch.device("cpu")) is expected
+    assert not multiplies_bfloat16(torch.device("meta"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool])

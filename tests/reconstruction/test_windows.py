@@ -99,6 +99,33 @@ def test_cuts(name: str) -> None:
         assert [window.name for window in windows] == (["attn", "mlp"] if CUTS[name] else ["block"])
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "mixtral", "gemma2", "t5"])
+def test_only_hidden_states_are_handed_on(name: str) -> None:
+    """But for T5, whose first blocks also hand on the bias of positions that their attention made."""
+    for _, block, fresh in calls_of_blocks(build(name)):
+        windows = find_windows(block, fresh, "attn_mlp", [])
+        assert [window.is_rest for window in windows[:-1]] == [False] * (len(windows) - 1)
+        assert windows[-1].is_rest is (name != "t5")
+
+
+class Sharing(nn.Module):
+    """A block whose attention leaves something in a dictionary for later blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.norm, self.mlp = nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, shared: Any) -> Tensor:
+        x = x + self.attention(x)
+        return x + self.mlp(self.norm(x))
+
+
+@pytest.mark.parametrize(("shared", "expected"), [(None, True), ({}, False), (object(), False)])
+def test_what_might_be_written_into_is_handed_on(shared: Any, expected: bool) -> None:
+    windows = find_windows(Sharing(), lambda: ((torch.ones(2, 3, 4),), {"shared": shared}), "attn_mlp", [])
+    assert [window.is_rest for window in windows] == [False, expected]
+
+
 def test_both_attentions_of_a_decoder_are_windows() -> None:
     kinds = {}
     for name, block, fresh in calls_of_blocks(build("t5")):
