@@ -34,7 +34,7 @@ from sparse_ft.data import load_text, random_windows, tokenize, windows
 from sparse_ft.masks import MaskSet
 from sparse_ft.models import load_tokenizer
 
-LENGTH, BATCH, STEPS, TEST_WINDOWS, SAMPLES = 128, 32, 1500, 400, 128
+LENGTH, BATCH, STEPS, TEST_WINDOWS, SAMPLES = 128, 16, 2000, 400, 128
 GRANULARITIES = ("linear", "attn_mlp", "block")
 FIRST, LEARNING_RATES = "attn_mlp", (1e-3, 3e-3, 6e-3, 1.2e-2)  # the rates are compared at this granularity
 SPLITS = ("train", "validation", "test")
@@ -57,6 +57,8 @@ def train_encoder(tokenizer: PreTrainedTokenizerBase, ids: Tensor, directory: Pa
         num_attention_heads=4,
         intermediate_size=1024,
         max_position_embeddings=LENGTH,
+        hidden_dropout_prob=0.0,  # about one epoch: there is nothing to regularise
+        attention_probs_dropout_prob=0.0,
         pad_token_id=tokenizer.pad_token_id,
     )
     with tempfile.TemporaryDirectory() as run:
@@ -66,7 +68,8 @@ def train_encoder(tokenizer: PreTrainedTokenizerBase, ids: Tensor, directory: Pa
             per_device_train_batch_size=BATCH,
             learning_rate=1e-3,
             lr_scheduler_type="cosine",
-            warmup_steps=STEPS // 10,
+            warmup_steps=STEPS // 20,
+            adam_beta2=0.98,
             weight_decay=0.01,
             bf16=True,
             use_cpu=not torch.cuda.is_available(),
