@@ -34,7 +34,7 @@ from sparse_ft.data import load_text, random_windows, tokenize, windows
 from sparse_ft.masks import MaskSet
 from sparse_ft.models import load_tokenizer
 
-LENGTH, BATCH, STEPS, TEST_WINDOWS, SAMPLES = 128, 16, 2000, 400, 128
+LENGTH, BATCH, STEPS, TEST_WINDOWS, SAMPLES = 128, 16, 1500, 400, 128
 GRANULARITIES = ("linear", "attn_mlp", "block")
 FIRST, LEARNING_RATES = "attn_mlp", (1e-3, 3e-3, 6e-3, 1.2e-2)  # the rates are compared at this granularity
 SPLITS = ("train", "validation", "test")

@@ -65,8 +65,8 @@ WAYS: dict[str, Way] = {
     "biases+norms": Way((1e-2, 3e-2, 6e-2, 0.12), "biases+norms"),
     "scale_lora": Way((1e-3, 3e-3, 1e-2, 2e-2), "scale_lora"),
     "scale_lora, symmetry broken": Way((1e-3, 3e-3, 1e-2, 2e-2, 4e-2), "scale_lora", {"break_symmetry": True}),
-    "lora_prune": Way((5e-4, 2e-3, 4e-3, 8e-3), "lora_prune"),
-    "head": Way((5e-4, 2e-3, 4e-3, 8e-3, 1.6e-2), "head"),
+    "lora_prune": Way((5e-4, 2e-3, 4e-3), "lora_prune"),
+    "head": Way((5e-4, 2e-3, 4e-3), "head"),
     "reconstruct, linear": Way((1e-3, 3e-3, 6e-3, 1.2e-2), reconstruction={"granularity": "linear"}),
     "reconstruct, attn_mlp": Way(
         (3e-4, 1e-3, 3e-3, 6e-3, 1.2e-2), reconstruction={"granularity": "attn_mlp"}, everywhere=True
@@ -74,7 +74,7 @@ WAYS: dict[str, Way] = {
     "reconstruct, block": Way((1e-3, 3e-3, 6e-3, 1.2e-2), reconstruction={"granularity": "block"}),
     "reconstruct, attn_mlp, 4 epochs": Way((1e-3, 3e-3, 6e-3, 1.2e-2), reconstruction={"iterations": 256}),
     "reconstruct, then mask_lora": Way(
-        (5e-4, 1e-3, 2e-3, 4e-3), "mask_lora", reconstruction={"iterations": 256, "learning_rate": 6e-3}
+        (1e-3, 2e-3, 4e-3), "mask_lora", reconstruction={"iterations": 256, "learning_rate": 6e-3}
     ),
 }
 

@@ -395,9 +395,9 @@ def test_layers_that_share_their_weights_are_refused_before_they_change() -> Non
 @pytest.mark.parametrize(
     ("name", "train", "rate"),
     [
-        ("llama", "full+norms", 0.4 / 32),
-        ("gpt2", "full", 0.4 / 32),
-        ("t5", "full", 0.4 / 32),
+        ("llama", "full+norms", 1.2 / 32),
+        ("gpt2", "full", 1.2 / 32),
+        ("t5", "full", 1.2 / 32),
         ("opt", "mask_lora", 5e-4),
     ],
 )
