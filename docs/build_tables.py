@@ -189,7 +189,7 @@ def delta_fragments(results: dict[str, Result]) -> Iterable[tuple[str, str]]:
         name, rows = key.replace("/", "_"), results.get(key, {"rows": []})["rows"]
         yield f"{name}.md", file_fragment(results, key)
         yield f"{name}_findings.md", delta_views.findings(rows)
-        yield f"{name}_scales.md", table(delta_views.scales(rows)) + "\n" if rows else ""
+        yield f"{name}_scales.md", (table(delta_views.scales(rows)) if rows else "No scale was searched.") + "\n"
         alone = section(key, results[key], delta_views.adamr(rows)) if rows else file_fragment(results, key)
         yield f"{name}_adamr.md", alone
 
