@@ -169,7 +169,7 @@ def encoder(rows: Sequence[Row]) -> list[Row]:
         {
             "model": row["model"],
             "learning rate": row.get("learning_rate"),
-            "masked-token loss": row["masked_token_loss"],
+            "masked-token loss": f"{row['masked_token_loss']:.4f}",
             "sparsity": percent(row["sparsity"]),
             "gap closed": None if row.get("gap_closed") is None else percent(row["gap_closed"]),
             "CPU s": row.get("cpu_seconds"),

@@ -104,6 +104,9 @@ class ConfigParser(TrlParser):
     def __init__(self, dataclass_types: Sequence[type], *, prog: str, description: str) -> None:
         super().__init__(dataclass_types=dataclass_types, prog=prog, description=description, allow_abbrev=False)
         self._overrules: dict[str, tuple[str, Any]] = {}
+        for action in self._actions:
+            if action.nargs == 0 and action.const is False:  # --no_x, with the help of x
+                action.help = f"turn off: {action.help}"
         self.add_argument("--config", metavar="RECIPE", help="YAML recipe: a file, or a shipped name (perp/llama_2of4)")
 
     def error(self, message: str) -> NoReturn:
@@ -134,6 +137,8 @@ class ConfigParser(TrlParser):
         self.set_defaults(**defaults)
         for action in self._actions:
             action.required = action.required or action.dest in required
+            if action.dest in self._overrules:
+                action.help = f"{action.help} Given without --{self._overrules[action.dest][0]}, it decides."
 
     def parse(self, argv: Sequence[str], check: Callable[[Mapping[str, Any]], None] | None = None) -> tuple[Any, ...]:
         """Dataclasses in the order given at construction, filled from defaults, then the recipe, then `argv`.

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -72,7 +73,7 @@ class BlockReconstruction:
 
     Attributes:
         learning_rate: at its peak.
-        autocast: whether training steps multiply in bfloat16.
+        autocast: whether training steps multiply in bfloat16; with fp32 weights the passes without training do, too.
         rows: what became of the windows.
         whole: blocks that have no cut between attention and MLP, where one was asked for.
         skipped: blocks that the model never called.
@@ -99,6 +100,7 @@ class BlockReconstruction:
         stored = {parameter.dtype for _, block in self._blocks for parameter in block.parameters()}
         fast = torch.bfloat16 in stored or multiplies_bfloat16(self._device)
         self.autocast = fast if settings.autocast is None else settings.autocast
+        self._narrow_passes = self.autocast and stored == {torch.float32}
         self._count = len(batches)
         self._streams = Streams(
             settings.stream, (model, self._blocks), (dense, self._dense_blocks), batches,
@@ -137,10 +139,18 @@ class BlockReconstruction:
                 del left[name]
                 load(name)
                 more = any(self._trained[other] for other in left)
-                self._block(index, more, bar)
+                with self._products():
+                    self._block(index, more, bar)
                 finish(name, [f"{name}.{trained}" for trained in self._trained[name]])
         self.skipped = [name for name in left if self._trained[name]]
         self._warn()
+
+    def _products(self) -> AbstractContextManager[Any]:
+        """Targets and errors of fp32 weights are computed with the products of their training."""
+        if not self._narrow_passes:
+            return nullcontext()
+        # Casts are not cached: a cached one would outlive the training step that changed the weight.
+        return torch.autocast(self._device.type, dtype=torch.bfloat16, cache_enabled=False)
 
     def _bar(self) -> Any:
         count = sum(1 for names in self._trained.values() if names)

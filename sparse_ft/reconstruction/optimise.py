@@ -116,12 +116,15 @@ def train_window(
     """
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0, fused=True)
     device = parameters[0].device.type
+    # Each weight is used once per step, and a cached cast would be that of the step before in an outer autocast.
+    narrow = autocast is not None
+    products = torch.autocast(device, dtype=autocast, cache_enabled=False) if narrow else nullcontext()
     steps = zip(
         learning_rates(learning_rate, iterations, warmup), shuffled(batches, iterations, generator), strict=True
     )
     for step, (rate, number) in enumerate(steps):
         optimizer.param_groups[0]["lr"] = rate
-        with torch.autocast(device, dtype=autocast) if autocast is not None else nullcontext():
+        with products:
             result = forward(number)
         loss = squared_error(result, target(number)) / (result.numel() * before)
         if not math.isfinite(loss.item()):

@@ -105,12 +105,13 @@ def reconstruct(
         stream: `"sparse"`, `"dense"` or `"sparse_to_dense"`; see `streams`.
         iterations: training steps per window; by default each calibration sequence is used once.
         batch_size: sequences per step.
-        learning_rate: of AdamW at its peak, then linear decay; by default 5e-4, and for `"full"` 1.2 / the least number
-            of inputs of a masked matrix (3e-4 for 4096). Choose it on validation data.
+        learning_rate: of AdamW at its peak, then linear decay; by default 5e-4, and for `"full"` 0.8 / the least number
+            of inputs of a masked matrix (2e-4 for 4096). Choose it on validation data.
         warmup: steps until the peak; below 1 a share of all.
         autocast: compute the matrix products of training steps in bfloat16; by default if weights are in bfloat16, or
             the device has instructions for it (AMX, AVX512-BF16, newer GPUs). Trained weights and the loss are in fp32
-            in either case, and errors are measured in the model's dtype.
+            in either case. Targets and errors of fp32 weights are computed with the same products; those of others in
+            the model's dtype.
         r: rank of an adapter; in a matrix with a shorter side below it, that side.
         lora_alpha: its scale is lora_alpha / r, with this r everywhere; by default 2 r.
         seed: of the order of the batches, and of adapters.

@@ -37,10 +37,9 @@ _OUTSIDE = ("head", "embeddings")
 #: Peak learning rate of adapters and groups: that of PERP's released configuration.
 LEARNING_RATE = 5e-4
 #: Peak learning rate of kept weights times the inputs of a matrix. The rate that suits Adam falls with the width of a
-#: layer (Yang et al. 2022, arXiv 2203.03466, table 3); at a width of 384 this is 3e-3. There, at 80% sparsity,
-#: the best rates are two to four times as high (docs/results/perp/llama_wt2.json) and a third of it recovers far less;
-#: a larger model that lost less wants smaller steps.
-LEARNING_RATE_TIMES_WIDTH = 1.2
+#: layer (Yang et al. 2022, arXiv 2203.03466, table 3); between what suits a model that lost much (three times as
+#: high, docs/results/perp/llama_wt2.json) and one that lost little (a third of it, docs/results/perp/encoder.json).
+LEARNING_RATE_TIMES_WIDTH = 0.8
 
 
 @dataclass(frozen=True)

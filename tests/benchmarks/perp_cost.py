@@ -5,8 +5,8 @@
 Each method runs in a process of its own after magnitude pruning to 80%, so that a peak is the method's and not what an
 earlier one left behind. A step is timed as the difference between a run of 3 and one of 3 + 8 steps of 12 x 256 tokens,
 so what happens once cancels; `cpu_seconds` is that times the 150 steps of the quality table. Reconstruction is run
-whole, and its steps are those of its windows. `peak_mb` is the most memory the process had resident, libraries, model
-and pruning included.
+whole, and its steps are those of its windows. `peak_mb` is the most memory the process had resident from then on,
+libraries and model included.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import time
 from typing import Any
 
 import torch
+from bench_adapters import forget_preparation, peak_resident
 from quality import Bench, Table, arguments
 from quality_perp import FIRST, RANK, STEPS, WAYS, calibrated, prepared, pruned, untie
 from quality_retraining import train
@@ -30,6 +31,7 @@ def cost(bench: Bench, label: str) -> dict[str, Any]:
     way = WAYS[label]
     model, masks = pruned(bench, FIRST)
     seconds, per_step, steps = 0.0, 0.0, 0
+    forget_preparation()
     if way.reconstruction is not None:
         start = time.process_time()
         result = calibrated(bench, way, model, masks, way.learning_rates[0], 0)
@@ -47,16 +49,7 @@ def cost(bench: Bench, label: str) -> dict[str, Any]:
             taken.append(time.process_time() - start)
         per_step = (taken[1] - taken[0]) / MORE
         seconds += STEPS * per_step
-    return {"seconds_per_step": round(per_step, 4), "cpu_seconds": round(seconds, 1), "peak_mb": peak_mb()}
-
-
-def peak_mb() -> int | None:
-    """Most resident memory of this process, in MB; None where the system does not tell."""
-    try:
-        import resource
-    except ImportError:
-        return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    return {"seconds_per_step": round(per_step, 4), "cpu_seconds": round(seconds, 1), "peak_mb": round(peak_resident())}
 
 
 def main() -> None:

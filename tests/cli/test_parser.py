@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from sparse_ft.cli import parser as parser_module
+from sparse_ft.cli.main import main
 from sparse_ft.cli.parser import ConfigParser, find_recipe, read_recipe, suggest
 
 
@@ -193,3 +194,11 @@ def test_an_option_that_an_older_transformers_names_otherwise(tmp_path: Path) ->
     text = "activation_checkpointing: true\n"
     (options,) = ConfigParser([Older], prog="test", description="").parse(["--config", recipe(tmp_path / "r", text)])
     assert options.gradient_checkpointing
+
+
+def test_help_says_what_a_flag_turns_off_and_which_option_decides(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["retrain", "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--no_eval, --no-eval turn off: measure perplexity" in text
+    assert "Given without --max_steps, it decides." in text
+    assert text.count("turn off: turn off") == 0

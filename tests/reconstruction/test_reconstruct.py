@@ -317,10 +317,14 @@ def dtypes_of_products(model: nn.Module, masks: MaskSet, dense: nn.Module, **opt
 def test_training_and_measuring_have_their_own_dtypes(
     stored: Any, autocast: bool | None, fast: bool, in_training: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Errors are measured as the model will run; training is in bfloat16 if the model is, if that is fast, or asked."""
+    """Training is in bfloat16 if the model is, if that is fast, or asked; errors of fp32 weights are measured with the
+    products of training, others as the model will run."""
     monkeypatch.setattr(blocks_module, "multiplies_bfloat16", lambda device: fast)
     model, masks, dense = pair("llama", dtype=stored)
-    assert dtypes_of_products(model, masks, dense, autocast=autocast) == {(True, in_training), (False, stored)}
+    assert dtypes_of_products(model, masks, dense, autocast=autocast) == {
+        (True, in_training),
+        (False, in_training if stored == torch.float32 else stored),
+    }
     masks.verify(model)
 
 
@@ -395,9 +399,9 @@ def test_layers_that_share_their_weights_are_refused_before_they_change() -> Non
 @pytest.mark.parametrize(
     ("name", "train", "rate"),
     [
-        ("llama", "full+norms", 1.2 / 32),
-        ("gpt2", "full", 1.2 / 32),
-        ("t5", "full", 1.2 / 32),
+        ("llama", "full+norms", 0.8 / 32),
+        ("gpt2", "full", 0.8 / 32),
+        ("t5", "full", 0.8 / 32),
         ("opt", "mask_lora", 5e-4),
     ],
 )
