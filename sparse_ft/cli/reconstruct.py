@@ -16,8 +16,9 @@ import dataclasses
 import gc
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ from sparse_ft.cli.measuring import EvalText, choose_eval_text, choose_length, d
 from sparse_ft.cli.opening import open_source
 from sparse_ft.cli.publishing import Outcome, plain_arguments, print_outcome, publish, written_weights
 from sparse_ft.cli.refreshing import check_stored, is_sparse_checkpoint
-from sparse_ft.cli.retrain_source import load_sparse_model
+from sparse_ft.cli.retrain_source import load_sparse_model, starting_evaluations
 from sparse_ft.masks import MaskSet
 from sparse_ft.models import load_config, load_tokenizer
 from sparse_ft.reconstruction import ReconstructionResult, reconstruct_checkpoint
@@ -276,7 +277,10 @@ def _reconstruct(job: _Job, dense: Path, argv: Sequence[str]) -> int:
             model=job.names.model_name_or_path,
             method=job.how.method,
             arguments={**job.settings(), "learning_rate": result.learning_rate, "output_dir": str(job.output_dir)},
-            evaluations=[*_before(job), *job.measure(directory, "retrained", "retrained")],
+            evaluations=[
+                *starting_evaluations(job.record, partial(job.measure, job.source)),
+                *job.measure(directory, "retrained", "retrained"),
+            ],
             reconstruction=[asdict(row) for row in result.windows],
             previous=job.record,
         )
@@ -284,17 +288,6 @@ def _reconstruct(job: _Job, dense: Path, argv: Sequence[str]) -> int:
     _print_windows(result)
     print_outcome(job.output_dir, job.masks, outcome.evaluations)
     return 0
-
-
-def _before(job: _Job) -> list[Mapping[str, Any]]:
-    """The perplexity to start from, and before it the dense model's if it was measured by the same protocol."""
-    is_pruned = job.record is None or job.record.command == "prune"
-    entries: list[Mapping[str, Any]] = [*job.measure(job.source, "pruned" if is_pruned else "before", "pruned")]
-    if not entries or job.record is None:
-        return entries
-    earlier = [e for step in job.record.history for e in step.get("evaluation", [])] + job.record.evaluation
-    alike = [e for e in earlier if e.get("label") == "dense" and e.get("protocol") == entries[0]["protocol"]]
-    return alike[:1] + entries
 
 
 def _print_windows(result: ReconstructionResult) -> None:

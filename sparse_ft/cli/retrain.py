@@ -21,6 +21,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -78,7 +79,7 @@ from sparse_ft.cli.retrain_run import (
     run_dir_of,
     run_identity,
 )
-from sparse_ft.cli.retrain_source import SparseModel, load_sparse_model
+from sparse_ft.cli.retrain_source import SparseModel, load_sparse_model, starting_evaluations
 from sparse_ft.data import tokens_digest, training_dataset, windows
 from sparse_ft.models import load_config, load_tokenizer
 from sparse_ft.training import MaskCallback, check_strategy, wait_for_everyone
@@ -237,7 +238,9 @@ def _retrain(job: Job, argv: Sequence[str]) -> int:
             model=job.names.model_name_or_path,
             method=job.how.method,
             arguments={**settings, "output_dir": str(job.output_dir)},
-            evaluations=_before(job),
+            evaluations=starting_evaluations(
+                job.sparse.record, partial(job.measure, job.sparse.model.to(job.training.device))
+            ),
             previous=job.sparse.record,
         )
         model = _train(job, checkpoint, outcome)
@@ -247,20 +250,6 @@ def _retrain(job: Job, argv: Sequence[str]) -> int:
         _finish(job, model, outcome)
     print_outcome(job.output_dir, masks, outcome.evaluations)
     return 0
-
-
-def _before(job: Job) -> list[dict[str, Any]]:
-    """The perplexity to start from, and before it the dense model's if it was measured by the same protocol."""
-    record = job.sparse.record
-    made_by = "prune" if record is None else record.command
-    entries = job.measure(
-        job.sparse.model.to(job.training.device), "pruned" if made_by == "prune" else "before", "pruned"
-    )
-    if not entries or record is None:
-        return entries
-    earlier = [entry for step in record.history for entry in step.get("evaluation", [])] + record.evaluation
-    alike = [e for e in earlier if e.get("label") == "dense" and e.get("protocol") == entries[0]["protocol"]]
-    return alike[:1] + entries
 
 
 def _train(job: Job, checkpoint: str | None, outcome: Outcome) -> nn.Module:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -13,7 +15,7 @@ from sparse_ft.cli.measuring import load_checked
 from sparse_ft.cli.refreshing import check_stored, is_sparse_checkpoint
 from sparse_ft.masks import MaskSet
 
-__all__ = ["SparseModel", "load_sparse_model", "masks_from_zeros"]
+__all__ = ["SparseModel", "load_sparse_model", "masks_from_zeros", "starting_evaluations"]
 
 # Patterns a model without masks is tried for; the first that holds is taken.
 _PATTERNS = ("1:4", "2:4", "4:8")
@@ -76,3 +78,21 @@ def masks_from_zeros(model: PreTrainedModel) -> MaskSet:
         if zeros.sparsity() - masks.sparsity() <= _CHANCE:
             return masks
     return zeros
+
+
+def starting_evaluations(
+    record: Record | None, measure: Callable[[str, str], Sequence[Mapping[str, Any]]]
+) -> list[Mapping[str, Any]]:
+    """The perplexity to start from, and before it the dense model's if it was measured by the same protocol.
+
+    Args:
+        record: the checkpoint's history.
+        measure: evaluates the checkpoint under a label and a kind; nothing comes back without a text.
+    """
+    is_pruned = record is None or record.command == "prune"
+    entries = [*measure("pruned" if is_pruned else "before", "pruned")]
+    if not entries or record is None:
+        return entries
+    earlier = [entry for step in record.history for entry in step.get("evaluation", [])] + record.evaluation
+    alike = [e for e in earlier if e.get("label") == "dense" and e.get("protocol") == entries[0]["protocol"]]
+    return alike[:1] + entries

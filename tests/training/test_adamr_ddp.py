@@ -2,43 +2,24 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from training import adamr_run
+from training.two_processes import launch
 
 pytestmark = pytest.mark.distributed
 SCRIPT = Path(__file__).with_name("adamr_run.py")
-REPOSITORY = SCRIPT.parent.parent.parent
-
-
-def load_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("adamr_run", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-adamr_run = load_script()
 
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory in which two processes left weights and scales."""
     directory = tmp_path_factory.mktemp("both")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, str(SCRIPT), str(directory)], capture_output=True, text=True, timeout=300, env=environment
-    )
+    done = launch(SCRIPT, directory)
     assert done.returncode == 0, done.stderr[-3000:]
     return directory
 

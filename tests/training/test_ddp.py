@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from training import ddp_run
+from training.two_processes import launch
 
 from sparse_ft.checkpoints import check_weights, read_sidecars
 from sparse_ft.masks import MASKS_FILE, MaskSet
@@ -23,28 +20,9 @@ from sparse_ft.training import is_complete_checkpoint, latest_complete_checkpoin
 
 pytestmark = pytest.mark.distributed
 SCRIPT = Path(__file__).with_name("ddp_run.py")
-REPOSITORY = SCRIPT.parent.parent.parent
 
 
-def load_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("ddp_run", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["ddp_run"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-ddp_run = load_script()
 ONE_MICRO_BATCH = [name for name in ddp_run.CASES if name != "full, two micro-batches"]
-
-
-def launch(script: Path, *words: object) -> subprocess.CompletedProcess[str]:
-    """Run a script in two processes, on the CPU."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, *words]
-    path = os.pathsep.join(map(str, (REPOSITORY, REPOSITORY / "tests")))
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300, env=environment)
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -11,12 +10,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from peft import get_peft_model
+from training import killed_run
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from sparse_ft.adapters import MaskLoraConfig
@@ -31,15 +30,6 @@ SCRIPT = Path(__file__).with_name("killed_run.py")
 REPOSITORY = SCRIPT.parent.parent.parent
 
 
-def load_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("killed_run", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-killed_run = load_script()
 # what there is to resume from after each; MaskCallback's files come last
 RESUMES_AT = {
     "training": 4,
