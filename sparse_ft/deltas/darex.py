@@ -195,7 +195,9 @@ def search_eta(
         objective: scales by tensor name -> score, higher is better.
         scales_at: eta -> scales, for instance `analytic_scales` of `darex_analytic.py` with eta left open.
         density: share of entries kept; the same scale for all is scored first, and wins unless some eta is better.
-        low, high, step: range and coarse spacing of eta. Published: 0.1 to 0.5 and 0.3 to 0.7 by steps of 0.1.
+        low: first eta. Published ranges: 0.1 to 0.5 and 0.3 to 0.7, by steps of 0.1.
+        high: last eta.
+        step: coarse spacing of eta.
         decay: fine spacing as a share of the coarse one.
         patience: misses in a row that a pass forgives.
 
@@ -239,7 +241,10 @@ def search_scales_per_layer(
         groups: tensor names by group, in the order of the search: one per block, or one per tensor.
         density: share of entries kept, the lowest scale.
         start: scale of the groups not searched yet, usually that of `search_scale`; None = density.
-        high, step, decay, patience: as in `search_scale`.
+        high: as in `search_scale`.
+        step: as in `search_scale`.
+        decay: as in `search_scale`.
+        patience: as in `search_scale`.
 
     Returns:
         Scales whose score is at least that of the start and of DARE.
