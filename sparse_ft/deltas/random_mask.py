@@ -12,6 +12,8 @@ machine, from any slice, shard or rank. Generator `philox-1`, for the element at
   next kept one. Nothing is drawn for the weights that are dropped. Where u lies within rounding of the edge between two
   gaps, exact arithmetic decides, so no mathematics library can move a mask.
 
+A stream from a counter is meant as NumPy has it: its first four words are those of the counter plus one.
+
 Philox: Salmon et al., Parallel random numbers: as easy as 1, 2, 3, SC 2011. SplitMix64: Steele et al., OOPSLA 2014.
 
 Example:
@@ -23,11 +25,12 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
 from decimal import Decimal, localcontext
 
 import numpy as np
 from numpy.typing import NDArray
+
+from sparse_ft.deltas.philox import keep_bytes
 
 #: Name of the generator, written beside every mask that is to be regenerated.
 GENERATOR = "philox-1"
@@ -37,8 +40,6 @@ GAPS_UP_TO = 1 / 32
 GAP_BLOCK = 1 << 20
 
 _WORDS_PER_COUNT = 4  # 64-bit words for each count of the generator
-_ELEMENTS_PER_COUNT = 32  # one byte per element
-_BLOCK_BYTES = 1 << 17  # random bytes in flight: they stay in the second-level cache
 _EDGE = 1e-9  # farther from a whole number than this, no rounding of a logarithm can matter
 
 
@@ -78,8 +79,10 @@ def random_keep(
         keep[_gap_positions(keys, density, start, start + numel) - start] = True
         return keep
     keep = np.empty(numel, dtype=np.bool_)
-    for first, random in _random_bytes(keys, start, start + numel):
-        _keep_bytes(random, density, keys[1], first, keep[first - start : first - start + len(random)])
+    whole = int(density * 256)
+    fraction = int((density * 256 - whole) * 2.0**64)
+    key0, key1 = map(np.uint64, keys)
+    keep_bytes(key0, key1, start, np.uint8(whole), np.uint64(fraction), keep.view(np.uint8))
     return keep
 
 
@@ -115,36 +118,6 @@ def _keys(seed: int, role: str, name: str) -> tuple[int, int]:
 def _philox(keys: tuple[int, int], counter: tuple[int, int, int, int]) -> np.random.Philox:
     key, count = (np.array(words, dtype=np.uint64) for words in (keys, counter))
     return np.random.Philox(key=key, counter=count)
-
-
-def _random_bytes(keys: tuple[int, int], start: int, stop: int) -> Iterator[tuple[int, NDArray[np.uint8]]]:
-    """Bytes `start .. stop` of the stream, in pieces: (position of the first, bytes)."""
-    count = start // _ELEMENTS_PER_COUNT
-    stream, position = _philox(keys, (count, 0, 0, 0)), count * _ELEMENTS_PER_COUNT
-    while position < stop:
-        words = stream.random_raw(min(_BLOCK_BYTES, -(-(stop - position) // 8) * 8) // 8)
-        piece = words.astype("<u8", copy=False).view(np.uint8)
-        skipped = max(start - position, 0)
-        yield position + skipped, piece[skipped : stop - position]
-        position += len(piece)
-
-
-def _keep_bytes(random: NDArray[np.uint8], density: float, key: int, first: int, keep: NDArray[np.bool_]) -> None:
-    """Fill `keep` from one random byte per element; `first` is the flat index of the first."""
-    whole = int(density * 256)
-    np.less(random, np.uint8(whole), out=keep)
-    fraction = int((density * 256 - whole) * 2.0**64)
-    if fraction:
-        undecided = np.flatnonzero(random == np.uint8(whole))
-        keep[undecided] = _splitmix64(key, undecided + first) < np.uint64(fraction)
-
-
-def _splitmix64(seed: int, positions: NDArray[np.int64]) -> NDArray[np.uint64]:
-    """Outputs number `positions` (from 0) of the SplitMix64 generator; arithmetic is modulo 2^64."""
-    z = np.uint64(seed) + (positions.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
 
 
 def _gap_positions(keys: tuple[int, int], density: float, start: int, stop: int) -> NDArray[np.int64]:
