@@ -17,8 +17,8 @@ from sparse_ft.checkpoints import (
     resolve_checkpoint,
 )
 from sparse_ft.deltas.delta_header import Part
+from sparse_ft.deltas.entries import add_kept
 from sparse_ft.deltas.fingerprint import base_digest
-from sparse_ft.deltas.resident import add_kept
 from sparse_ft.deltas.store import RECORD_FILE, DeltaFile
 
 

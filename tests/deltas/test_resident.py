@@ -11,7 +11,8 @@ from torch import nn
 
 from sparse_ft.deltas.apply import apply_checkpoint
 from sparse_ft.deltas.extract import Settings, extract_delta
-from sparse_ft.deltas.resident import Delta, add_kept, swap
+from sparse_ft.deltas.entries import add_kept
+from sparse_ft.deltas.resident import Delta, swap
 from sparse_ft.models import load_model
 
 
