@@ -21,11 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from sparse_ft.masks import mask_file
+from sparse_ft.masks.blocks import PIECE, violations
 from sparse_ft.masks.making import masks_of_scores, masks_of_zeros
 from sparse_ft.masks.packing import count_bits, pack_bits, unpack_bits
 from sparse_ft.masks.pattern import Pattern, pattern_for
 from sparse_ft.models.names import canonical_name, named_weights
-from sparse_ft.models.targets import Target, find_targets, matrix_view
+from sparse_ft.models.targets import Target, find_targets
 
 
 class Surprise(NamedTuple):
@@ -62,7 +63,7 @@ class MaskSet(Mapping[str, Tensor]):
             if mask.dtype != torch.bool:
                 raise ValueError(f"Mask of '{name}' must be torch.bool, got {mask.dtype}; use `mask != 0`.")
             packed[name] = pack_bits(mask).cpu()
-        self._take(packed, {name: mask.shape for name, mask in masks.items()}, pattern, input_dims, masks)
+        self._take(packed, {name: mask.shape for name, mask in masks.items()}, pattern, input_dims)
 
     @classmethod
     def from_packed(
@@ -78,7 +79,7 @@ class MaskSet(Mapping[str, Tensor]):
         Args:
             packed: `pack_bits` of each mask, by parameter name.
             shapes: of the masks, by parameter name.
-            pattern: as in `MaskSet`; a mask with an n:m pattern is unpacked to be checked, one at a time.
+            pattern: as in `MaskSet`; a mask with an n:m pattern is checked, piece by piece.
             input_dims: as in `MaskSet`.
 
         Raises:
@@ -89,7 +90,7 @@ class MaskSet(Mapping[str, Tensor]):
             True
         """
         masks = cls.__new__(cls)
-        masks._take(packed, shapes, pattern, input_dims, {})
+        masks._take(packed, shapes, pattern, input_dims)
         return masks
 
     def _take(
@@ -98,9 +99,8 @@ class MaskSet(Mapping[str, Tensor]):
         shapes: Mapping[str, Sequence[int]],
         pattern: str | Pattern | Mapping[str, str | Pattern],
         input_dims: Mapping[str, int] | None,
-        unpacked: Mapping[str, Tensor],
     ) -> None:
-        """Check and hold packed masks; `unpacked` has those that need not be unpacked again."""
+        """Check and hold packed masks."""
         if not packed:
             raise ValueError("A MaskSet needs at least one mask, got none.")
         self.patterns = {name: pattern_for(name, pattern) for name in packed}
@@ -114,7 +114,7 @@ class MaskSet(Mapping[str, Tensor]):
                 raise ValueError(f"Mask of '{name}' has no axis {axis} of inputs; its shape is {self.shape(name)}.")
             if not parsed.is_structured:
                 continue
-            broken = parsed.violations(matrix_view(unpacked[name] if name in unpacked else self[name], axis))
+            broken = violations(self._packed[name], self._shapes[name], axis, parsed)
             if broken:
                 raise ValueError(
                     f"Mask of '{name}' breaks pattern {parsed} in {broken} groups; "
@@ -139,6 +139,10 @@ class MaskSet(Mapping[str, Tensor]):
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of one tensor's mask, without unpacking it."""
         return tuple(self._shapes[name])
+
+    def packed(self, name: str) -> Tensor:
+        """One tensor's mask as `pack_bits` makes it, not a copy: for work that takes it piece by piece."""
+        return self._packed[name]
 
     def counts(self) -> dict[str, tuple[int, int]]:
         """(kept, total) number of weights per tensor."""
@@ -302,7 +306,7 @@ class MaskSet(Mapping[str, Tensor]):
 
     def __le__(self, other: MaskSet) -> bool:
         """True if everything this set keeps is kept by `other` too: a later, sparser mask of the same model."""
-        return all(not bool((self._or_all(n, other) & ~other[n]).any()) for n in other)
+        return all(not bool((self._or_all(n, other) & ~other._packed[n]).any()) for n in other)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, MaskSet) and self.digest() == other.digest()
@@ -311,23 +315,25 @@ class MaskSet(Mapping[str, Tensor]):
         return hash(self.digest())
 
     def _or_all(self, name: str, other: MaskSet) -> Tensor:
+        """The packed mask, or one that keeps everything if only `other` has one."""
         if name not in self._packed:
-            return torch.ones(other._shapes[name], dtype=torch.bool)
+            return pack_bits(torch.ones(other._shapes[name], dtype=torch.bool))
         if name in other._shapes and self._shapes[name] != other._shapes[name]:
             raise ValueError(
                 f"Masks of '{name}' have shapes {self.shape(name)} and {other.shape(name)}; they are of two models."
             )
-        return self[name]
+        return self._packed[name]
 
     def _combine(self, other: MaskSet, *, union: bool) -> MaskSet:
-        masks, patterns, dims = {}, {}, {**other.input_dims, **self.input_dims}
+        packed, patterns, dims = {}, {}, {**other.input_dims, **self.input_dims}
+        shapes = {**other._shapes, **self._shapes}
         for name in dict.fromkeys([*self, *other]):
             mine, theirs = self._or_all(name, other), other._or_all(name, self)
-            masks[name] = mine | theirs if union else mine & theirs
+            packed[name] = mine | theirs if union else mine & theirs
             both = {self.patterns.get(name, Pattern()), other.patterns.get(name, Pattern())} - {Pattern()}
-            holds = len(both) == 1 and not next(iter(both)).violations(matrix_view(masks[name], dims[name]))
+            holds = len(both) == 1 and not violations(packed[name], shapes[name], dims[name], next(iter(both)))
             patterns[name] = both.pop() if holds else Pattern()
-        return MaskSet(masks, pattern=patterns, input_dims=dims)
+        return MaskSet.from_packed(packed, shapes, pattern=patterns, input_dims=dims)
 
     # -- files -------------------------------------------------------------------------------------------------------
 
@@ -368,5 +374,8 @@ class MaskSet(Mapping[str, Tensor]):
 
 def tensor_digest(weight: Tensor) -> str:
     """SHA-256 over the values of one tensor as contiguous fp32."""
-    values = weight.detach().to(device="cpu", dtype=torch.float32).contiguous()
-    return hashlib.sha256(values.view(-1).view(torch.uint8).numpy().data).hexdigest()
+    sha = hashlib.sha256()
+    for piece in weight.detach().reshape(-1).split(PIECE):
+        values = piece.to(device="cpu", dtype=torch.float32).contiguous()
+        sha.update(values.view(torch.uint8).numpy().data)
+    return sha.hexdigest()

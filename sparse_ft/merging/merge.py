@@ -15,6 +15,7 @@ from sparse_ft.checkpoints import CheckpointReader, check_output_dir, copy_side_
 from sparse_ft.masks import MaskSet
 from sparse_ft.merging.config import MergeConfig, parse_config
 from sparse_ft.merging.engine import MergeReport, execute
+from sparse_ft.merging.imposing import impose, reprune
 from sparse_ft.merging.inputs import OpenModel, open_models
 from sparse_ft.merging.model_card import write_model_card
 from sparse_ft.merging.output_config import write_configs
@@ -22,7 +23,7 @@ from sparse_ft.merging.output_tokenizer import TokenizerPlan, plan_tokenizer, wr
 from sparse_ft.merging.plan import Compatibility
 from sparse_ft.merging.planning import SHARD_BYTES, Planned, plan_merge
 from sparse_ft.merging.preflight import Preflight, check_models, preflight
-from sparse_ft.merging.preserving import impose, preserved_masks, reprune
+from sparse_ft.merging.preserving import preserved_masks
 from sparse_ft.merging.yaml_text import read_yaml_file
 
 
@@ -159,7 +160,6 @@ def finish_directory(prepared: PreparedMerge, directory: Path, name: str, comman
     if masks is not None:
         impose(directory, masks)
         weights = CheckpointReader(directory)
-        masks.verify(weights)
         arguments = {"method": prepared.config.method, "seed": prepared.config.seed, "configuration": prepared.text}
         write_sidecars(directory, masks, make_record(masks, weights, command="merge", arguments=arguments))
     write_model_card(directory, name, prepared.config, prepared.models, prepared.report, prepared.text, command)

@@ -7,7 +7,7 @@
 
 Models that were pruned independently of each other merge to the union of what they keep, so sparsity collapses; models
 that share a mask (sparse model soups, arXiv 2306.16788) keep it. The mask is imposed on the merged weights, so a dense
-adapter or a random drop cannot break it.
+adapter or a random drop cannot break it (`imposing.py`).
 """
 
 from __future__ import annotations
@@ -15,15 +15,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from pathlib import Path
 
-import numpy as np
-import torch
-
-from sparse_ft.checkpoints import CheckpointReader
-from sparse_ft.checkpoints.header import read_header
 from sparse_ft.masks import MASKS_FILE, MaskSet, Pattern
-from sparse_ft.masks.bits import keep_bits, mask_
 from sparse_ft.masks.pattern import check_sparsity
 from sparse_ft.merging.plan import MergePlan
 from sparse_ft.merging.settings import nearest
@@ -146,33 +139,3 @@ def _check_fit(masks: MaskSet, plan: MergePlan) -> None:
                 f"The mask of '{name}' has shape {masks.shape(name)} but the output's tensor has {shapes.get(name)}; "
                 f"set preserve_masks to off, and prune the result."
             )
-
-
-def impose(directory: Path, masks: MaskSet) -> None:
-    """Zero every pruned weight in the files of a checkpoint, in place, one tensor at a time."""
-    for file, names in CheckpointReader(directory).shards:
-        infos, _ = read_header(directory / file)
-        for name in (name for name in names if name in masks):
-            info = infos[name]
-            size = info.stop - info.start
-            stored = np.memmap(directory / file, dtype=np.uint8, mode="r+", offset=info.start, shape=(size,))
-            mask_(torch.from_numpy(stored).view(info.dtype).view(info.shape), keep_bits(masks[name]))
-            stored.flush()
-
-
-def reprune(directory: Path, how: PreserveMasks) -> MaskSet:
-    """Masks that keep the largest of the merged weights of each prunable tensor in a pattern."""
-    from sparse_ft.models import find_targets, load_skeleton
-
-    reader = CheckpointReader(directory)
-    found: dict[str, torch.Tensor] = {}
-    dims: dict[str, int] = {}
-    for target in find_targets(load_skeleton(directory)):
-        if target.name not in reader:
-            raise ValueError(f"'{target.name}' is not stored under its own name, so it cannot be pruned here.")
-        scores = {target.name: reader.get(target.name).float().abs()}
-        dims[target.name] = target.input_dim
-        share = None if how.pattern != "unstructured" else how.sparsity
-        one = MaskSet.from_scores(scores, pattern=how.pattern, sparsity=share, input_dims=dims)
-        found[target.name] = one[target.name]
-    return MaskSet(found, pattern=how.pattern, input_dims=dims)

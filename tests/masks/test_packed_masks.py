@@ -51,14 +51,17 @@ def test_packed_masks_are_checked() -> None:
             MaskSet.from_packed(**{"packed": packed, "shapes": shapes, **options})  # type: ignore[arg-type]
 
 
-def test_loading_unpacks_only_masks_whose_pattern_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import sparse_ft.masks.mask_set as module
+def test_loading_unpacks_only_masks_whose_pattern_is_checked_and_none_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sparse_ft.masks.blocks as module
 
-    free, fixed = torch.rand(8, 8) < 0.5, torch.tensor([[True, True, False, False]])
+    free, fixed = torch.rand(8, 8) < 0.5, torch.tensor([[True, True, False, False]]).repeat(6, 4)
     masks = MaskSet({"free": free, "fixed": fixed}, pattern={"free": "unstructured", "fixed": "2:4"})
     masks.save(tmp_path)
     unpacked = []
     real = module.unpack_bits
     monkeypatch.setattr(module, "unpack_bits", lambda bits, shape: unpacked.append(tuple(shape)) or real(bits, shape))
+    monkeypatch.setattr(module, "PIECE", 32)
     assert MaskSet.load(tmp_path) == masks
-    assert unpacked == [(1, 4)]
+    assert unpacked == [(32,)] * 3, "two rows of the mask with a pattern at a time"
