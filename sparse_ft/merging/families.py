@@ -42,19 +42,21 @@ _MEAN = {"normalize": True, "lambda": 1.0}
 _DROP = {**_WEIGHT, "density": 1.0}
 _OUTLIERS = {**_DROP, "gamma": 0.01}
 _WINDOW = {**_DROP, "epsilon": 0.15}
+# One draw for all models instead of one each: the merged delta is then as sparse as each of them. Not mergekit's.
+_AT_RANDOM = {"shared_drop": False}
 
 FAMILIES: dict[str, Family] = {
     "linear": Family(False, _WEIGHT, {"normalize": True}),
     "slerp": Family(True, {}, {"t": REQUIRED}, models=1),
     "task_arithmetic": Family(True, _WEIGHT, _SUM),
     "ties": Family(True, _DROP, {**_MEAN, "rescale": False}),
-    "dare_linear": Family(True, _DROP, {**_SUM, "rescale": True}),
-    "dare_ties": Family(True, _DROP, {**_MEAN, "rescale": True}),
+    "dare_linear": Family(True, _DROP, {**_SUM, "rescale": True, **_AT_RANDOM}),
+    "dare_ties": Family(True, _DROP, {**_MEAN, "rescale": True, **_AT_RANDOM}),
     "della": Family(True, _WINDOW, {**_MEAN, "rescale": True}),
     "della_linear": Family(True, _WINDOW, {**_SUM, "rescale": True}),
     "breadcrumbs": Family(True, _OUTLIERS, {**_SUM, "rescale": False}),
     "breadcrumbs_ties": Family(True, _OUTLIERS, {**_SUM, "rescale": False}),
-    "darex_q": Family(True, {**_DROP, "q": REQUIRED}, _SUM),
+    "darex_q": Family(True, {**_DROP, "q": REQUIRED}, {**_SUM, **_AT_RANDOM}),
 }
 
 #: Where `compat: mergekit` has another default.
@@ -74,11 +76,11 @@ REFUSED: dict[str, str] = {
     "passthrough": "use linear with one source per slice, each with weight 1",
 }
 
-#: Parameters that some method of mergekit reads; one that the chosen method does not read is noted, not refused.
+#: Parameters that some method reads; one that the chosen method does not read is noted, not refused.
 PARAMETERS: tuple[str, ...] = (
-    "weight", "density", "gamma", "epsilon", "q", "t", "normalize", "rescale", "lambda", "int8_mask",
+    "weight", "density", "gamma", "epsilon", "q", "t", "normalize", "rescale", "lambda", "int8_mask", "shared_drop",
 )  # fmt: skip
-_FLAGS = ("normalize", "rescale", "int8_mask")
+_FLAGS = ("normalize", "rescale", "int8_mask", "shared_drop")
 # lowest, highest, whether the lowest itself is allowed
 _RANGES: dict[str, tuple[float, float, bool]] = {
     "density": (0.0, math.inf, True),

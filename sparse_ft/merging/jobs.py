@@ -64,8 +64,8 @@ def _setting(plan: MergePlan, tensor: TensorPlan, given: Mapping[str, Any], para
 
 
 def _draw(plan: MergePlan, tensor: TensorPlan, densities: Sequence[float]) -> Draw:
-    """Random bits keyed by (seed, the model's label, the output tensor's name, position)."""
-    roles = [plan.models[source.model].label for source in tensor.sources]
+    """Random bits keyed by (seed, the model's label unless it is shared, the output tensor's name, position)."""
+    roles = ["" if tensor.parameters.get("shared_drop") else plan.models[s.model].label for s in tensor.sources]
     if plan.method in BY_ROWS:
         return lambda k, start, stop: random_uniform(
             stop - start, seed=plan.seed, name=tensor.name, role=roles[k], start=start

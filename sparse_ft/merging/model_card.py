@@ -68,6 +68,8 @@ def deviations(config: MergeConfig) -> list[str]:
         found.append(
             f"Random masks depend on seed ({config.seed}), model and tensor only, so they are not mergekit's draws."
         )
+    if any(case.values for case in config.parameters.get("shared_drop", ())):
+        found.append("`shared_drop` draws one mask for all models; mergekit does not know it.")
     if config.compat == "mergekit":
         found.append("Otherwise the formulas are mergekit's (`compat: mergekit`).")
         return found

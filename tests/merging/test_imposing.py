@@ -22,7 +22,7 @@ from sparse_ft.merging.preserving import PreserveMasks
 from sparse_ft.models import find_targets
 
 PATTERNS = [("2:4", None), ("1:4", None), ("4:8", None), ("3:5", None), ("unstructured", 0.5), ("unstructured", 0.37)]
-# shape and axis of the inputs: Linear, Conv1D, experts of both layouts, rows longer than a piece, a last group cut short
+# shape and axis of the inputs: Linear, Conv1D, experts of both layouts, rows longer than a piece, a short last group
 SHAPES = [((13, 50), 1), ((50, 13), 0), ((3, 10, 14), 2), ((3, 14, 10), 1), ((2, 301), 1), ((301, 2), 0), ((1, 1), 1)]
 
 
