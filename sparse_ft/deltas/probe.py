@@ -10,6 +10,8 @@ Example:
     ...     probe.prune(0.04, seed=0)        # the same mask, another scale
     >>> # here the model is the fine-tuned one again
 
+Casts that `torch.autocast` keeps are cleared at each change, so a measurement under it sees the weights as they are.
+
 Limits: holds a second copy of the fine-tuned weights, and 16 bytes for every kept weight of the masks at hand. Weights
 must be whole on this process: gather a sharded model first.
 """
@@ -131,6 +133,7 @@ class DeltaProbe:
                 continue
             divisor = torch.tensor(scales[name], device=live.device)
             live.put_(kept.positions, add_delta(kept.base, kept.delta / divisor, dtype=live.dtype))
+        torch.clear_autocast_cache()  # autocast keeps casts of weights that need gradients, and sees no write to them
 
     @torch.no_grad()
     def transform(self, change: Callable[[str, Tensor], Tensor]) -> None:
@@ -143,6 +146,7 @@ class DeltaProbe:
         for name in self.names:
             live = self._live[name]
             live.copy_(add_delta(self._base_here(name), change(name, self.deltas[name]), dtype=live.dtype))
+        torch.clear_autocast_cache()
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -150,6 +154,7 @@ class DeltaProbe:
         self._seed = None
         for name in self.names:
             self._live[name].copy_(self._finetuned[name])
+        torch.clear_autocast_cache()
 
     def _set_base(self) -> None:
         for name in self.names:

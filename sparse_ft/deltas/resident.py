@@ -100,6 +100,13 @@ class Delta:
         """The scale that `apply` was given; None for the stored one, or where the delta is not applied."""
         return self._applied[model].scale if self.is_applied(model) else None
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes held: values and tensors stored whole, positions found so far, and what is set aside in models."""
+        aside = [change.old for applied in self._applied.values() for change in applied.changes.values()]
+        held = (*self._values.values(), *self._whole.values(), *self._positions.values(), *aside)
+        return sum(tensor.nbytes for tensor in held)
+
     @torch.no_grad()
     def apply(self, model: nn.Module, *, scale: float | None = None, check_base: bool = True) -> None:
         """Add the delta to a model that holds the base.

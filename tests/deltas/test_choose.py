@@ -46,6 +46,19 @@ def test_small_deltas_at_an_easy_density_are_plain_dare_and_the_numbers_are_meas
     assert all(torch.equal(bits(named_weights(model)[name]), bits(before[name])) for name in before)
 
 
+def test_a_choice_under_autocast_is_made_on_the_weights_as_they_are() -> None:
+    """The casts autocast keeps of weights that need gradients would hide every change after the first measurement."""
+    model, base = finetuned_model(size=8e-3)
+    options = {"density": 0.05, "names": linear_names(model), "seeds": (0,)}
+    found = []
+    for cached in (True, False):
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=cached):
+            found.append(choose(model, base, batches(2), metric=None, **options))
+    assert found[0].measurements == found[1].measurements and found[0].scale == found[1].scale
+    assert min(found[0].measurements["output_change"].values()) > 0
+    assert len(set(found[0].measurements["search"].values())) > 1
+
+
 def test_large_deltas_are_ranked_by_what_changes_the_outputs_less() -> None:
     model, base = finetuned_model(size=0.05)
     choice = choose(model, base, batches(2), density=0.05)

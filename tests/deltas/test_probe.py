@@ -110,6 +110,30 @@ def test_an_error_inside_restores_the_model() -> None:
     assert torch.equal(model.lm_head.weight, before)
 
 
+def test_autocast_never_sees_the_weights_of_before() -> None:
+    """Weights that need gradients are cast once per region of autocast, so a change in place would go unseen."""
+    model, base = finetuned_model(size=0.05)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    ids = batches(1)[0]["input_ids"]
+    found = {}
+    for cached in (True, False):
+        probe = DeltaProbe(model, base, density=0.3)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, cache_enabled=cached):
+            outputs = [model(ids).logits]
+            probe.prune(0.3, seed=0)
+            outputs.append(model(ids).logits)
+            probe.prune(0.9, seed=0)
+            outputs.append(model(ids).logits)
+            probe.transform(lambda name, delta: delta * 0)
+            outputs.append(model(ids).logits)
+            probe.restore()
+            outputs.append(model(ids).logits)
+        found[cached] = outputs
+    assert all(torch.equal(one, other) for one, other in zip(*found.values(), strict=True))
+    assert torch.equal(found[True][0], found[True][-1])
+    assert len({tuple(output.flatten().tolist()) for output in found[True]}) == 4
+
+
 def test_a_model_on_its_way_through_many_masks_holds_few() -> None:
     model, base = finetuned_model()
     probe = DeltaProbe(model, base, density=0.1)

@@ -10,8 +10,8 @@ from deltas.pairs import read, same_bits, save_models
 from torch import nn
 
 from sparse_ft.deltas.apply import apply_checkpoint
+from sparse_ft.deltas.entries import add_entries, add_kept, put_entries
 from sparse_ft.deltas.extract import Settings, extract_delta
-from sparse_ft.deltas.entries import add_kept
 from sparse_ft.deltas.resident import Delta, swap
 from sparse_ft.models import load_model
 
@@ -104,6 +104,131 @@ def test_a_swap_that_fails_leaves_the_first_delta(tmp_path: Path) -> None:
         wrong.subtract(model)
 
 
+def test_autocast_sees_what_was_applied(tmp_path: Path) -> None:
+    """The scale search measures between apply and subtract; weights that need gradients are cast once per region."""
+    base, *tuned = save_models(tmp_path, "llama", torch.float32, seeds=2)
+    for number, place in enumerate(tuned):
+        extract_delta(base, place, tmp_path / f"delta{number}", Settings(density=0.5, scale=0.01), progress=False)
+    first, second = (Delta.load(tmp_path / f"delta{number}") for number in range(2))
+    model = load_model(base).requires_grad_()
+    ids = torch.arange(12).view(1, -1)
+    found = {}
+    for cached in (True, False):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, cache_enabled=cached):
+            outputs = [model(ids).logits]
+            for change in (
+                lambda: first.apply(model),
+                lambda: swap(model, first, second),
+                lambda: second.subtract(model),
+            ):
+                change()
+                outputs.append(model(ids).logits)
+        found[cached] = outputs
+    assert all(torch.equal(one, other) for one, other in zip(*found.values(), strict=True))
+    assert torch.equal(found[True][0], found[True][-1])
+    assert len({tuple(output.flatten().tolist()) for output in found[True]}) == 3
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_compiled_loops_give_the_bits_of_torch(threads: int, tmp_path: Path) -> None:
+    base, *tuned = save_models(tmp_path, "qwen", seeds=2)
+    settings = [
+        Settings(density=0.05, seed=1),
+        Settings("magnitude", density=0.3),
+    ]  # positions as integers, and as bits
+    for number, place in enumerate(tuned):
+        extract_delta(base, place, tmp_path / f"delta{number}", settings[number], progress=False)
+        apply_checkpoint(base, tmp_path / f"delta{number}", tmp_path / f"out{number}", progress=False)
+    first, second = (Delta.load(tmp_path / f"delta{number}") for number in range(2))
+    model, before = load_model(base), state(load_model(base))
+    expected = [state(load_model(tmp_path / f"out{number}")) for number in range(2)]
+    usual = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        first.apply(model)
+        assert_same(model, expected[0])
+        swap(model, first, second)
+        assert_same(model, expected[1])
+        swap(model, second, first)
+        assert_same(model, expected[0])
+        first.subtract(model)
+    finally:
+        torch.set_num_threads(usual)
+    assert_same(model, before)
+    large = "model.layers.0.mlp.up_proj.weight"
+    assert (first._positions[large].dtype, second._positions[large].dtype) == (torch.int32, torch.uint8)
+
+
+def test_a_swap_that_fails_in_the_middle_is_undone(tmp_path: Path) -> None:
+    base, *tuned = save_models(tmp_path, "llama", seeds=2)
+    for number, place in enumerate(tuned):
+        extract_delta(base, place, tmp_path / f"delta{number}", Settings(density=0.2), progress=False)
+    first, second = (Delta.load(tmp_path / f"delta{number}") for number in range(2))
+    model = load_model(base)
+    before = state(model)
+    first.apply(model, scale=0.3)
+    there = state(model)
+    last = list(second._values)[-1]
+    usual, second._values[last] = second._values[last], torch.full_like(second._values[last], 3e38)
+    with pytest.raises(ValueError, match=f"'{last}': A weight becomes infinite"):
+        swap(model, first, second)
+    assert_same(model, there)
+    assert (first.is_applied(model), second.is_applied(model), first.applied_scale(model)) == (True, False, 0.3)
+    second._values[last] = usual
+    swap(model, first, second)
+    second.subtract(model)
+    assert_same(model, before)
+
+
+def test_a_loop_adds_and_rounds_as_torch_does() -> None:
+    """Every exponent, ties of the rounding, signed zeros, deltas of zero, and what is too large."""
+    generator = torch.Generator().manual_seed(0)
+    patterns = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    flat = patterns[patterns.isfinite() & (patterns.abs() < 1e37)]
+    index = torch.randperm(len(flat), generator=generator).sort().values[::3].int()
+    values = (flat[index.long()].float() * (torch.randint(-8, 9, (len(index),), generator=generator) / 512)).bfloat16()
+    values[::7] = 0.0
+    for scale in (1.0, 0.3, 0.0078125):
+        live = flat.clone()
+        old = add_entries(live, index, values, scale)
+        expected = flat.clone()
+        expected[index.long()] = add_kept(flat[index.long()], values, scale, torch.bfloat16)
+        assert same_bits(live, expected) and same_bits(old, flat[index.long()])
+        put_entries(live, index, old)
+        assert same_bits(live, flat)
+    for bad in (3e38, float("nan"), float("inf")):
+        spoiled = values.clone()
+        spoiled[-1] = bad
+        with pytest.raises(ValueError, match="infinite or NaN"):
+            add_entries(live, index, spoiled, 0.1)
+        assert same_bits(live, flat)
+
+
+def test_a_write_by_a_loop_is_counted_as_torch_counts() -> None:
+    """autograd tells by this count that a tensor it needs was written to."""
+    weight = torch.ones(8, dtype=torch.bfloat16, requires_grad=True)
+    product = (weight * weight).sum()
+    index = torch.tensor([3], dtype=torch.int32)
+    old = add_entries(weight.detach(), index, torch.ones(1, dtype=torch.bfloat16), 0.5)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+    put_entries(weight.detach(), index, old)
+    assert weight._version == 2
+
+
+def test_inference_tensors_take_a_delta(tmp_path: Path) -> None:
+    base, tuned = save_models(tmp_path, "llama")
+    extract_delta(base, tuned, tmp_path / "delta", Settings(density=0.1), progress=False)
+    with torch.inference_mode():
+        model = load_model(base)
+        before = state(model)
+        delta = Delta.load(tmp_path / "delta")
+        delta.apply(model)
+        assert any(not torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+        delta.subtract(model)
+        assert_same(model, before)
+
+
 def test_a_scale_of_ones_own(tmp_path: Path) -> None:
     base, tuned = save_models(tmp_path, "llama", torch.float32)
     extract_delta(base, tuned, tmp_path / "delta", Settings(density=0.2), progress=False)
@@ -173,6 +298,18 @@ def test_untied_deltas_are_refused_on_a_tied_model(tmp_path: Path) -> None:
     extract_delta(base, tuned, tmp_path / "delta", Settings(density=0.2), progress=False)
     with pytest.raises(ValueError, match="tie_word_embeddings"):
         Delta.load(tmp_path / "delta").apply(model)
+
+
+def test_what_is_held_is_as_small_as_documented(tmp_path: Path) -> None:
+    base, tuned = save_models(tmp_path, "llama")
+    extract_delta(base, tuned, tmp_path / "delta", Settings(density=0.05), progress=False)
+    delta, model = Delta.load(tmp_path / "delta"), load_model(base)
+    kept = sum(values.numel() for values in delta._values.values())
+    assert delta.nbytes == 2 * kept
+    delta.apply(model)
+    assert delta.nbytes <= 8 * kept
+    delta.subtract(model)
+    assert delta.nbytes <= 6 * kept
 
 
 def test_a_delta_leaves_with_its_model(tmp_path: Path) -> None:
