@@ -7,16 +7,22 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from cli.refusals import DAMAGE, QUERY, Command, change_weights, prune_words, refused, retrain_words
+from cli.refusals import (
+    DAMAGE,
+    QUERY,
+    Command,
+    change_weights,
+    files_of_at_most,
+    prune_words,
+    refused,
+    retrain_words,
+)
 from cli.workspace import save_model, sentences, tree
 from safetensors.torch import load_file
 
@@ -360,17 +366,6 @@ def test_config_with_unknown_key(place: Path, command: Command) -> None:
 def test_targets_that_match_nothing(place: Path, command: Command) -> None:
     words = ["report", place / "dense", "--targets", "--exclude", "mlp.gat_proj"]
     refused(command, place, *words, naming=("gat_proj",))
-
-
-@contextmanager
-def files_of_at_most(size: int) -> Iterator[None]:
-    """Writing more than `size` bytes to one file fails, as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("size", [1_000, 60_000])

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import TINY
+from torch import nn
 
 SHAPES = {
     "model.embed_tokens.weight": (48, 16),
@@ -83,3 +84,16 @@ def same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:
     if (first.dtype, first.shape) != (second.dtype, second.shape):
         return False
     return torch.equal(first.contiguous().view(-1).view(torch.uint8), second.contiguous().view(-1).view(torch.uint8))
+
+
+def state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """A copy of all tensors of a model."""
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_same(model: nn.Module, expected: Mapping[str, torch.Tensor]) -> None:
+    """The model has these tensors and no others, bit for bit."""
+    found = model.state_dict()
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert same_bits(found[name], tensor), name

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from deltas.pairs import read, same_bits, save_models
+from deltas.pairs import assert_same, read, same_bits, save_models, state
 from torch import nn
 
 from sparse_ft.deltas.apply import apply_checkpoint
@@ -14,17 +14,6 @@ from sparse_ft.deltas.entries import add_entries, add_kept, put_entries
 from sparse_ft.deltas.extract import Settings, extract_delta
 from sparse_ft.deltas.resident import Delta, swap
 from sparse_ft.models import load_model
-
-
-def state(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-
-
-def assert_same(model: nn.Module, expected: dict[str, torch.Tensor]) -> None:
-    found = model.state_dict()
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert same_bits(found[name], tensor), name
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen", "gpt2", "bert", "t5"])
