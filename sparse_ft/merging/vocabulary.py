@@ -83,6 +83,7 @@ def match_rows(
     size = -(-size // multiple) * multiple
     rows = {label: _rows_of(tokens, ids, size, padding) for label, tokens in models.items()}
     notes = [_note(label, mine, ids) for label, mine in rows.items() if _lacks(mine, ids)]
+    notes += [note for label, tokens in models.items() if (note := _left_out(label, tokens, ids)) is not None]
     fallbacks: dict[str, Rows] = {}
     for token, source in (sources or {}).items():
         _follow(token, source, ids, models, rows, fallbacks)
@@ -152,3 +153,11 @@ def _note(label: str, rows: Rows, ids: Mapping[str, int]) -> str:
     return (
         f"'{label}' lacks {_lacks(rows, ids)} of {len(ids)} tokens, the first {first!r}: other models give their rows."
     )
+
+
+def _left_out(label: str, tokens: Tokens, ids: Mapping[str, int]) -> str | None:
+    """What is said of rows that no output row takes."""
+    lost = [token for token, row in tokens.ids.items() if token not in ids and row < tokens.rows]
+    if not lost:
+        return None
+    return f"'{label}' has {len(lost)} tokens that the output lacks, the first {lost[0]!r}: their rows are left out."

@@ -107,6 +107,14 @@ def test_the_base_s_vocabulary_takes_rows_by_token(place: Path) -> None:
     assert (place / "out" / "tokenizer.json").read_bytes() == (place / "base" / "tokenizer.json").read_bytes()
 
 
+def test_rows_of_tokens_that_the_output_lacks_are_left_out_and_said_to_be(place: Path) -> None:
+    notes = prepare(place, BOTH + "tokenizer_source: base").report.notes
+    (note,) = [note for note in notes if "that the output lacks" in note and "other'" in note]
+    assert note.endswith("has 1 tokens that the output lacks, the first 'new': their rows are left out.")
+    notes = prepare(place, BOTH + "tokenizer_source: union").report.notes
+    assert not any("that the output lacks" in note for note in notes), "a union has every token"
+
+
 def test_a_union_has_every_token_with_the_row_it_comes_from(place: Path) -> None:
     out = merge(place, BOTH + "tokenizer_source: union")
     models = {name: read(place / name) for name in ("base", "other", "third")}
