@@ -1,20 +1,20 @@
 """Random keep masks that are regenerated, never stored: each bit depends on (seed, role, tensor name, position) only.
 
 The generator is written down bit by bit, so that a mask drawn today is the mask drawn by any later version, on any
-machine, from any slice, shard or rank. Generator `philox-1`, for the element at flat index i and density d:
+machine, from any slice, shard or rank. Generator `splitmix-1`, for the element at flat index i and density d:
 
 * The key is the first 16 bytes of sha256("<seed>\\0<role>\\0<name>"), read as two little-endian 64-bit words k0, k1.
-* d > 1/32, *bytes*: byte i of the Philox4x64-10 stream of key (k0, k1) from counter 0 is compared with 256 d. Below its
-  whole part the element is kept, above it is dropped. On it (one element in 256) the i-th output of SplitMix64 seeded
-  with k1 decides against the fraction, scaled to 64 bits. So d is met to 2^-72, and one random bit in eight is bought.
-* d <= 1/32, *gaps*: elements are drawn in blocks of 2^20. Block b reads the 64-bit words of the Philox stream from
-  counter (0, 0, b, 1); each gives u = ((word >> 11) + 1) / 2^53 and skips floor(ln u / ln(1 - d)) elements before the
-  next kept one. Nothing is drawn for the weights that are dropped. Where u lies within rounding of the edge between two
-  gaps, exact arithmetic decides, so no mathematics library can move a mask.
+* d > 1/32, *words*: bits 16 (i mod 4) to 16 (i mod 4) + 15 of output i // 4 of SplitMix64 seeded with k0 are compared
+  with 65536 d. Below its whole part the element is kept, above it is dropped. On it (one element in 65536) output i
+  of SplitMix64 seeded with k1 decides against the fraction, scaled to 64 bits. So d is met to 2^-80.
+* d <= 1/32, *gaps*: elements are drawn in blocks of 2^20. Block b reads the 64-bit words of the Philox4x64-10 stream of
+  key (k0, k1) from counter (0, 0, b, 1); each gives u = ((word >> 11) + 1) / 2^53 and skips
+  floor(ln u / ln(1 - d)) elements before the next kept one. Nothing is drawn for the weights that are dropped. Where u
+  lies within rounding of the edge between two gaps, exact arithmetic decides, so no mathematics library can move a mask.
 
-A stream from a counter is meant as NumPy has it: its first four words are those of the counter plus one.
+A Philox stream from a counter is meant as NumPy has it: its first four words are those of the counter plus one.
 
-Philox: Salmon et al., Parallel random numbers: as easy as 1, 2, 3, SC 2011. SplitMix64: Steele et al., OOPSLA 2014.
+SplitMix64: Steele et al., OOPSLA 2014. Philox: Salmon et al., Parallel random numbers: as easy as 1, 2, 3, SC 2011.
 
 Example:
     >>> random_keep(8, 0.5, seed=0, name="layers.0.q_proj.weight").sum() <= 8
@@ -30,11 +30,11 @@ from decimal import Decimal, localcontext
 import numpy as np
 from numpy.typing import NDArray
 
-from sparse_ft.deltas.philox import keep_bytes
+from sparse_ft.deltas.splitmix import keep_words
 
 #: Name of the generator, written beside every mask that is to be regenerated.
-GENERATOR = "philox-1"
-#: Up to this density the positions of kept elements are drawn; above it, one byte per element.
+GENERATOR = "splitmix-1"
+#: Up to this density the positions of kept elements are drawn; above it, 16 bits per element.
 GAPS_UP_TO = 1 / 32
 #: Elements per independent run of gaps.
 GAP_BLOCK = 1 << 20
@@ -79,10 +79,10 @@ def random_keep(
         keep[_gap_positions(keys, density, start, start + numel) - start] = True
         return keep
     keep = np.empty(numel, dtype=np.bool_)
-    whole = int(density * 256)
-    fraction = int((density * 256 - whole) * 2.0**64)
+    whole = int(density * 65536)
+    fraction = int((density * 65536 - whole) * 2.0**64)
     key0, key1 = map(np.uint64, keys)
-    keep_bytes(key0, key1, start, np.uint8(whole), np.uint64(fraction), keep.view(np.uint8))
+    keep_words(key0, key1, start, np.uint16(whole), np.uint64(fraction), keep.view(np.uint8))
     return keep
 
 
