@@ -8,9 +8,9 @@ machine, from any slice, shard or rank. Generator `splitmix-1`, for the element 
   with 65536 d. Below its whole part the element is kept, above it is dropped. On it (one element in 65536) output i
   of SplitMix64 seeded with k1 decides against the fraction, scaled to 64 bits. So d is met to 2^-80.
 * d <= 1/32, *gaps*: elements are drawn in blocks of 2^20. Block b reads the 64-bit words of the Philox4x64-10 stream of
-  key (k0, k1) from counter (0, 0, b, 1); each gives u = ((word >> 11) + 1) / 2^53 and skips
-  floor(ln u / ln(1 - d)) elements before the next kept one. Nothing is drawn for the weights that are dropped. Where u
-  lies within rounding of the edge between two gaps, exact arithmetic decides, so no mathematics library can move a mask.
+  key (k0, k1) from counter (0, 0, b, 1); each gives u = ((word >> 11) + 1) / 2^53 and skips floor(ln u / ln(1 - d))
+  elements before the next kept one. Nothing is drawn for the weights that are dropped. Where u lies within rounding of
+  the edge between two gaps, exact arithmetic decides, so no mathematics library can move a mask.
 
 A Philox stream from a counter is meant as NumPy has it: its first four words are those of the counter plus one.
 
