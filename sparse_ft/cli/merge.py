@@ -68,6 +68,7 @@ def run(argv: Sequence[str]) -> int:
         compat=cast("Literal['paper', 'mergekit'] | None", how.compat),
         truncate_embeddings=how.truncate_embeddings,
         max_shard_size=size,
+        threads=how.threads,
     )
     print("\n".join(prepared.report.lines()))
     if how.dry_run:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -34,10 +33,9 @@ from sparse_ft.merging.jobs import make_job
 from sparse_ft.merging.methods import METHODS
 from sparse_ft.merging.operands import Inputs, operands_of
 from sparse_ft.merging.output_files import OutputFiles
-from sparse_ft.merging.plan import MergePlan, Source, TensorPlan
+from sparse_ft.merging.plan import MergePlan, Source, TensorPlan, default_threads
 
 _FORMAT = 1  # of what a digest stands for: a change of the arithmetic makes unfinished merges begin again
-_MOST_THREADS = 8
 
 
 @dataclass(frozen=True)
@@ -104,7 +102,7 @@ def execute(
         output = OutputFiles(directory, plan)
         resumed = len(output.finished)
         stack.callback(output.close)
-        _run_threads(plan, inputs, output, threads or min(max(os.cpu_count() or 1, 2), _MOST_THREADS), progress)
+        _run_threads(plan, inputs, output, threads or default_threads(), progress)
         output.complete()
         if finish is not None:
             finish(directory)

@@ -17,10 +17,11 @@ from sparse_ft.merging.config import MergeConfig, parse_config
 from sparse_ft.merging.engine import MergeReport, execute
 from sparse_ft.merging.imposing import impose, reprune
 from sparse_ft.merging.inputs import OpenModel, open_models
+from sparse_ft.merging.memory import peak_bytes
 from sparse_ft.merging.model_card import write_model_card
 from sparse_ft.merging.output_config import write_configs
 from sparse_ft.merging.output_tokenizer import TokenizerPlan, plan_tokenizer, write_tokenizer
-from sparse_ft.merging.plan import Compatibility
+from sparse_ft.merging.plan import Compatibility, default_threads
 from sparse_ft.merging.planning import SHARD_BYTES, Planned, plan_merge
 from sparse_ft.merging.preflight import Preflight, check_models, preflight
 from sparse_ft.merging.preserving import preserved_masks
@@ -57,6 +58,7 @@ def prepare_merge(
     compat: Compatibility | None = None,
     truncate_embeddings: bool = False,
     max_shard_size: int = SHARD_BYTES,
+    threads: int | None = None,
 ) -> PreparedMerge:
     """Read a configuration, open its models, check them and plan the merge; nothing is written.
 
@@ -66,6 +68,7 @@ def prepare_merge(
         compat: whose formulas where mergekit and the papers differ; None takes the file's, or the papers'.
         truncate_embeddings: without tokenizer_source, cut embeddings of different length to the shortest.
         max_shard_size: bytes of an output file at most.
+        threads: tensors that will be worked on at once, for the report's memory.
 
     Raises:
         FileNotFoundError: if the file or a model is missing.
@@ -89,7 +92,9 @@ def prepare_merge(
     masks, notes = preserved_masks(config.preserve_masks, planned.plan, planned.base, renumbered=renumbered)
     if tokenizer.vocabulary is not None:
         notes += tokenizer.vocabulary.notes
-    return PreparedMerge(config, text, models, planned, tokenizer, masks, preflight(planned, models, notes))
+    again = config.preserve_masks.policy == "reprune"
+    peak = peak_bytes(planned.plan, models, threads or default_threads(), pruned_again=again)
+    return PreparedMerge(config, text, models, planned, tokenizer, masks, preflight(planned, models, peak, notes))
 
 
 def merge_checkpoints(
@@ -124,7 +129,7 @@ def merge_checkpoints(
         >>> merge_checkpoints("mergekit.yaml", "merged").merged      # doctest: +SKIP
         291
     """
-    prepared = path if isinstance(path, PreparedMerge) else prepare_merge(path)
+    prepared = path if isinstance(path, PreparedMerge) else prepare_merge(path, threads=threads)
     check_output_dir(output_dir, inputs=input_directories(prepared), overwrite=overwrite)
 
     def finish(directory: Path) -> None:

@@ -6,6 +6,7 @@ or from plain arguments), `engine.py` carries it out, and everything that can be
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -104,3 +105,8 @@ class MergePlan:
     shards: tuple[tuple[str, tuple[str, ...]], ...]
     seed: int = 0
     compatibility: Compatibility = "paper"
+
+
+def default_threads() -> int:
+    """How many tensors are worked on at once unless it is said: as many as processors, at least 2 and at most 8."""
+    return min(max(os.cpu_count() or 1, 2), 8)

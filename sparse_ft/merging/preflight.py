@@ -7,7 +7,6 @@ not meant (a wrong base, tokens without a row) is a warning with its numbers.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +27,6 @@ LARGE_DELTA = 1e-2
 _SAMPLED_TENSORS = 4
 _SAMPLED_ROWS = 64
 _SAMPLED_NUMEL = 1 << 18
-#: Python, torch and the engine's buffers, whatever the size of the models.
-_PROGRAM_BYTES = 500_000_000
 _WIDTH_KEYS = ("hidden_size", "n_embd", "d_model")
 
 
@@ -127,12 +124,13 @@ def check_models(models: Mapping[str, OpenModel], reference: OpenModel) -> None:
             )
 
 
-def preflight(planned: Planned, models: Mapping[str, OpenModel], notes: Sequence[str] = ()) -> Preflight:
+def preflight(planned: Planned, models: Mapping[str, OpenModel], peak: int, notes: Sequence[str] = ()) -> Preflight:
     """Gather the report of a planned merge.
 
     Args:
         planned: the merge.
         models: every model, by label.
+        peak: bytes of memory it needs, see `memory.peak_bytes`.
         notes: more to be said.
     """
     base = list(models.values())[planned.base] if planned.base is not None else None
@@ -143,7 +141,7 @@ def preflight(planned: Planned, models: Mapping[str, OpenModel], notes: Sequence
         facts,
         tuple(sorted(dict.fromkeys(found), key=lambda note: not note.startswith("warning: "))),
         sum(tensor_bytes(tensor.dtype, tensor.shape) for tensor in tensors),
-        _peak_bytes(models),
+        peak,
         len(tensors),
         sum(tensor.copy is not None for tensor in tensors),
     )
@@ -225,12 +223,6 @@ def _warnings(facts: Sequence[ModelFacts], models: Mapping[str, OpenModel]) -> l
             shown = ", ".join(f"'{label}' {value}" for label, value in values.items())
             found.append(f"The models differ in {what}: {shown}.")
     return found
-
-
-def _peak_bytes(models: Mapping[str, OpenModel]) -> int:
-    """What does not grow with the model, and the product of an adapter, which is formed whole, with its parts."""
-    adapted = [math.prod(t.shape) for model in models.values() if model.adapter for t in model.adapter.values()]
-    return _PROGRAM_BYTES + 3 * 4 * max(adapted, default=0)
 
 
 def _size(count: int) -> str:
