@@ -38,6 +38,7 @@ COST = "perp/cost"
 ENCODER = "perp/encoder"
 STEP = "adapters/step"
 DELTA_TASKS = ("delta/sst2", "delta/perplexity")
+DELTA_COSTS = ("delta/size", "delta/apply", "delta/stored_dtype")
 MERGES = "merging/quality"
 
 # page of a method -> how the names in its rows begin (column `method`, `variant` or `model`)
@@ -117,6 +118,9 @@ VIEWS: dict[str, Callable[[Sequence[Row]], list[Row]]] = {
     ENCODER: retraining_views.encoder,
     STEP: retraining_views.training_step,
     **dict.fromkeys(DELTA_TASKS, delta_views.pruned),
+    DELTA_COSTS[0]: delta_views.sizes,
+    DELTA_COSTS[1]: delta_views.applied,
+    DELTA_COSTS[2]: delta_views.stored,
     MERGES: delta_views.merges,
 }
 TITLES = {
@@ -127,6 +131,9 @@ TITLES = {
     STEP: "One training step of each adapter",
     DELTA_TASKS[0]: "Pruned deltas of a classifier, accuracy on SST-2",
     DELTA_TASKS[1]: "Pruned deltas of causal models, perplexity",
+    DELTA_COSTS[0]: "Size of a delta file, as a share of the bf16 model",
+    DELTA_COSTS[1]: "A delta on a loaded bf16 model, beside a copy of all its weights",
+    DELTA_COSTS[2]: "What storing a delta in bf16 loses",
     MERGES: "Two fine-tunes merged, perplexity on the domain of each",
 }
 
@@ -192,6 +199,8 @@ def delta_fragments(results: dict[str, Result]) -> Iterable[tuple[str, str]]:
         yield f"{name}_scales.md", (table(delta_views.scales(rows)) if rows else "No scale was searched.") + "\n"
         alone = section(key, results[key], delta_views.adamr(rows)) if rows else file_fragment(results, key)
         yield f"{name}_adamr.md", alone
+    for key in DELTA_COSTS:
+        yield f"{key.replace('/', '_')}.md", file_fragment(results, key)
 
 
 def results_fragment(results: dict[str, Result]) -> str:

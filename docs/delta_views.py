@@ -74,6 +74,50 @@ def _signed(value: float | None) -> str | None:
     return None if value is None else f"{value:+.3f}"
 
 
+def sizes(rows: Sequence[Row]) -> list[Row]:
+    """One line per method, one column per density, and what two plainer encodings of the same entries would take."""
+    lines: dict[str, Row] = {}
+    for row in rows:
+        if "kept" not in row:
+            continue
+        column = f"{row['density']:.3g} kept"
+        lines.setdefault(row["method"], {"delta of": row["method"]})[column] = f"{row['of_model']:.2%}"
+        for name, key in (("32-bit index and value", "int32_index"), ("one bit per entry and value", "bitmask")):
+            line = lines.setdefault(name, {"delta of": f"({name})"})
+            line.setdefault(column, f"{row[f'with_{key}_of_model']:.2%}")
+    return sorted(lines.values(), key=lambda line: line["delta of"].startswith("("))
+
+
+def applied(rows: Sequence[Row]) -> list[Row]:
+    """One line per task, one column per density: how many copies of the model's bytes it takes as long as."""
+    lines: dict[str, Row] = {}
+    for row in rows:
+        label = "memory held" if row["task"] == "copy" else row["task"]
+        lines.setdefault(label, {"copies of the model": label})
+        column = f"{row['density']:.3g} kept"
+        if row["task"] != "copy":
+            lines[label][column] = f"{row['over_copy']:.2f}"
+        if row["held_mb"] is not None:
+            line = lines.setdefault("memory held", {"copies of the model": "memory held"})
+            line[column] = f"{row['held_mb'] / row['model_mb']:.1%} of it"
+    return sorted(lines.values(), key=lambda line: line["copies of the model"] == "memory held")
+
+
+def stored(rows: Sequence[Row]) -> list[Row]:
+    """Shares as percentages."""
+    return [
+        {
+            "mean \\|delta\\|": f"{row['mean_abs_delta']:.0e}",
+            "no change at all": f"{row['unchanged']:.1%}",
+            "not exact": f"{row['inexact']:.1%}",
+            "error of the delta (rms)": f"{row['rms_error']:.2%}",
+            "largest error of one value": f"{row['largest_error']:.2%}",
+            "weights that would differ at density 1": f"{row['weights_differ']:.1%}",
+        }
+        for row in rows
+    ]
+
+
 def metric_of(rows: Sequence[Row]) -> str:
     """`accuracy` or `perplexity`."""
     return "accuracy" if any("accuracy" in row for row in rows) else "perplexity"

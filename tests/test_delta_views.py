@@ -81,3 +81,40 @@ def test_merges_join_seeds_and_come_in_order(views: ModuleType) -> None:
     lines = views.merges(rows)
     assert [line["method"] for line in lines] == ["base", "ties", "dare_ties (2 seeds)"]
     assert lines[2]["sentences"] == 51.0 and lines[2]["excess"] == "+0.300"
+
+
+def test_sizes_are_shares_of_the_model_with_the_plainer_encodings_last(views: ModuleType) -> None:
+    plain = {"with_int32_index_of_model": 0.03, "with_bitmask_of_model": 0.0725, "kept": 1}
+    rows = [
+        {"method": "dense", "density": 1.0, "bytes": 10, "of_model": 1.0},
+        {"method": "dare", "density": 0.01, "of_model": 0.0101, **plain},
+        {"method": "magnitude", "density": 0.01, "of_model": 0.0164, **plain},
+    ]
+    assert [tuple(line.values()) for line in views.sizes(rows)] == [
+        ("dare", "1.01%"), ("magnitude", "1.64%"), ("(32-bit index and value)", "3.00%"),
+        ("(one bit per entry and value)", "7.25%"),
+    ]  # fmt: skip
+
+
+def test_times_are_copies_of_the_model_and_the_memory_held_is_last(views: ModuleType) -> None:
+    times = {"copy": 1.0, "load": 2.2, "apply": 0.57, "swap": 0.589}
+    rows = [
+        {
+            "density": d,
+            "task": task,
+            "model_mb": 800.0,
+            "over_copy": t * d,
+            "held_mb": 32.0 if task in "apply" else None,
+        }
+        for d in (0.1, 1.0)
+        for task, t in times.items()
+    ]
+    lines = views.applied(rows)
+    assert [line["copies of the model"] for line in lines] == ["load", "apply", "swap", "memory held"]
+    assert lines[1]["1 kept"] == "0.57" and lines[2]["0.1 kept"] == "0.06" and lines[3]["1 kept"] == "4.0% of it"
+
+
+def test_what_the_stored_dtype_loses_is_shown_in_percent(views: ModuleType) -> None:
+    row = {"mean_abs_delta": 4e-4, "unchanged": 0.0712, "inexact": 0.0135, "rms_error": 0.000371}
+    (line,) = views.stored([{**row, "largest_error": 0.0039, "weights_differ": 0.0083}])
+    assert list(line.values()) == ["4e-04", "7.1%", "1.4%", "0.04%", "0.39%", "0.8%"]

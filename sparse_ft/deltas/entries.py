@@ -9,13 +9,15 @@ The loops are compiled by Numba at first use and kept on disk.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from numba import njit
 from numpy.typing import NDArray
 from torch import Tensor
 
-_BLOCK = 2048  # entries worked on together
+_BLOCK = 1024  # entries worked on together
 _ROUND = np.uint32(0x7FFF)
 _INFINITE = np.uint32(0x7F80)
 _SIXTEEN = np.uint32(16)
@@ -44,34 +46,51 @@ def add_kept(base: Tensor, values: Tensor, scale: float, dtype: torch.dtype) -> 
 
 
 @torch.no_grad()
-def add_entries(flat: Tensor, index: Tensor, values: Tensor, scale: float) -> Tensor:
+def add_entries(
+    flat: Tensor,
+    index: Tensor,
+    values: Tensor,
+    scale: float,
+    *,
+    leaving: tuple[Tensor, Tensor] | None = None,
+    room: Tensor | None = None,
+) -> Tensor:
     """Add a delta to the kept entries of a tensor, in place.
 
     Args:
         flat: (n,), written to.
-        index: (kept,), different positions, int32 or int64, on its device.
+        index: (kept,), ascending positions, int32 or int64, on its device.
         values: (kept,), unscaled.
         scale: q.
+        leaving: index and values of `put_entries`, to be put back in the same visit of the tensor, before the sum.
+        room: (kept,) in the dtype of `flat`, to be used for what is returned: new memory costs as much as the sum.
 
     Returns:
         (kept,), what the entries were before.
 
     Raises:
-        ValueError: if a result is not finite; the tensor is as before then.
+        ValueError: if a result is not finite; the tensor is as before then, with what was leaving put back.
 
     Example:
         >>> old = add_entries(weight.view(-1), index, values, scale=0.01)
         >>> put_entries(weight.view(-1), index, old)      # the bits of before
     """
     if not has_loop(flat) or values.dtype != torch.bfloat16:
+        if leaving is not None:
+            put_entries(flat, *leaving)
         old = flat.index_select(0, index)
         flat.index_copy_(0, index.long(), add_kept(old, values, scale, flat.dtype))
         return old
-    old = torch.empty(len(index), dtype=flat.dtype)
-    if not _add(_bits(flat), index.numpy(), _bits(values), _bits(old), np.float32(scale)):
+    fits = room is not None and room.dtype == flat.dtype and room.shape == index.shape and room.device == flat.device
+    old = room if room is not None and fits else torch.empty(len(index), dtype=flat.dtype)
+    gone, back = (index[:0], old[:0]) if leaving is None else leaving
+    finite = _add(
+        _bits(flat), _unsigned(index), _bits(values), _bits(old), np.float32(scale), _unsigned(gone), _bits(back)
+    )
+    _note_write(flat)
+    if not finite:
         put_entries(flat, index, old)
         raise _not_finite(flat.dtype, scale)
-    _note_write(flat)
     return old
 
 
@@ -81,7 +100,7 @@ def put_entries(flat: Tensor, index: Tensor, values: Tensor) -> None:
     if not has_loop(flat):
         flat.index_copy_(0, index.long(), values)
         return
-    _put(_bits(flat), index.numpy(), _bits(values))
+    _put(_bits(flat), _unsigned(index), _bits(values))
     _note_write(flat)
 
 
@@ -99,6 +118,12 @@ def _bits(tensor: Tensor) -> NDArray[np.uint16]:
     return bits
 
 
+def _unsigned(index: Tensor) -> NDArray[np.unsignedinteger[Any]]:
+    """The positions as numbers that a loop need not look at for a minus sign."""
+    positions = index.numpy()
+    return positions.view(np.uint32 if index.dtype == torch.int32 else np.uint64)
+
+
 def _note_write(tensor: Tensor) -> None:
     """torch counts the writes to a tensor and does not see those of a loop."""
     if not tensor.is_inference():
@@ -107,20 +132,35 @@ def _note_write(tensor: Tensor) -> None:
 
 # error_model="numpy": a check for division by zero would keep the loops from using vector instructions.
 @njit(nogil=True, cache=True, error_model="numpy")
-def _add(flat: np.ndarray, index: np.ndarray, values: np.ndarray, old: np.ndarray, scale: np.float32) -> bool:
+def _add(
+    flat: np.ndarray,
+    index: np.ndarray,
+    values: np.ndarray,
+    old: np.ndarray,
+    scale: np.float32,
+    gone: np.ndarray,
+    back: np.ndarray,
+) -> bool:
     """Whether all results are finite."""
     base, delta = np.empty(_BLOCK, np.float32), np.empty(_BLOCK, np.float32)
     new = np.empty(_BLOCK, np.uint16)
     worst = _ONE & _SIXTEEN
+    place = 0  # in `gone`
     for start in range(0, len(index), _BLOCK):
         stop = min(start + _BLOCK, len(index))
         here, before, count = index[start:stop], old[start:stop], stop - start
+        last = here[count - 1]
+        while place < len(gone) and gone[place] <= last:
+            flat[gone[place]] = back[place]
+            place += 1
         for i in range(count):  # many reads on their way at once
             before[i] = flat[here[i]]
         _sum(before, values[start:stop], scale, base[:count], delta[:count])
         worst |= _cast(base[:count].view(np.uint32), delta[:count], before, new[:count])
         for i in range(count):
             flat[here[i]] = new[i]
+    for i in range(place, len(gone)):
+        flat[gone[i]] = back[i]
     return bool(worst == 0)
 
 
@@ -130,11 +170,9 @@ def _sum(before: np.ndarray, values: np.ndarray, scale: np.float32, base: np.nda
     base_bits, delta_bits = base.view(np.uint32), delta.view(np.uint32)
     for i in range(len(base)):
         base_bits[i] = np.uint32(before[i]) << _SIXTEEN
-    for i in range(len(base)):
         delta_bits[i] = np.uint32(values[i]) << _SIXTEEN
     for i in range(len(base)):
         delta[i] = delta[i] / scale
-    for i in range(len(base)):
         base[i] = base[i] + delta[i]
 
 

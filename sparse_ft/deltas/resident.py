@@ -4,9 +4,9 @@
 
 Floating-point addition cannot be undone by subtraction, so the base's values at the kept entries are set aside when a
 delta is applied and put back when it is subtracted: the base returns bit for bit, in any dtype. Values, positions and
-what is set aside take 8 bytes per kept entry of a 16-bit model: 4% of its memory at a density of 0.01, 40% at 0.1.
-Where more than one entry in eight is kept, positions are held as one bit per entry. Tensors the delta replaces whole
-are set aside whole.
+room for what is set aside take 8 bytes per kept entry of a 16-bit model, whether it is applied or not: 4% of the
+model's memory at a density of 0.01, 40% at 0.1. Where more than one entry in eight is kept, positions are held as one
+bit per entry. Tensors the delta replaces whole are set aside whole.
 
 The weights of a bfloat16 model in the memory of this machine are worked on by compiled loops, on as many threads as
 torch has; others by torch's own indexing, several times slower on a CPU.
@@ -80,6 +80,7 @@ class Delta:
         self._values = {name: file.values(name) for name, part in parts.items() if part.mask != "none"}
         self._whole = {name: file.whole(name) for name, part in parts.items() if part.kind in ("finetuned", "resized")}
         self._positions: dict[str, Tensor] = {}
+        self._room: dict[str, Tensor] = {}  # what was set aside is kept as room for the next time
         self._applied: weakref.WeakKeyDictionary[nn.Module, _Applied] = weakref.WeakKeyDictionary()
 
     @classmethod
@@ -104,7 +105,7 @@ class Delta:
     def nbytes(self) -> int:
         """Bytes held: values and tensors stored whole, positions found so far, and what is set aside in models."""
         aside = [change.old for applied in self._applied.values() for change in applied.changes.values()]
-        held = (*self._values.values(), *self._whole.values(), *self._positions.values(), *aside)
+        held = (*self._values.values(), *self._whole.values(), *self._positions.values(), *self._room.values(), *aside)
         return sum(tensor.nbytes for tensor in held)
 
     @torch.no_grad()
@@ -165,8 +166,11 @@ class Delta:
             change.tensor = live[name]
         return applied, live
 
-    def _put_on(self, name: str, tensor: Tensor, applied: _Applied) -> None:
-        """Change one tensor and note it; if that fails, the tensor is as before."""
+    def _put_on(
+        self, name: str, tensor: Tensor, applied: _Applied, leaving: tuple[Tensor, Tensor] | None = None
+    ) -> None:
+        """Change one tensor and note it, after the entries that are leaving; if that fails, it is as before without
+        them."""
         part = self.header.tensors[name]
         if part.kind == "finetuned":
             change = _Change(tensor, tensor.clone())
@@ -176,7 +180,8 @@ class Delta:
             rest = tensor[part.rows :].clone() if part.kind == "resized" else None
             divisor = self.header.scale_of(name) if applied.scale is None else applied.scale
             try:
-                old = add_entries(_delta_part(tensor, part), index, self._values[name], divisor)
+                flat, room = _delta_part(tensor, part), self._room.pop(name, None)
+                old = add_entries(flat, index, self._values[name], divisor, leaving=leaving, room=room)
             except ValueError as error:
                 raise ValueError(f"'{name}': {error}") from None
             if rest is not None:
@@ -184,6 +189,13 @@ class Delta:
             change = _Change(tensor, old if rest is None else torch.cat([old, rest.reshape(-1)]))
         change.version, change.pointer = _version(tensor), tensor.data_ptr()
         applied.changes[name] = change
+
+    def _leaving(self, name: str, applied: _Applied) -> tuple[Tensor, Tensor] | None:
+        """Entries and what they were, of a tensor in which nothing else was changed; None of another."""
+        change = applied.changes[name]
+        if self.header.tensors[name].kind != "delta" or change.old.device != change.tensor.device:
+            return None
+        return self._index(name, change.tensor.device), change.old
 
     def _take_off(self, name: str, applied: _Applied) -> None:
         change, part = applied.changes[name], self.header.tensors[name]
@@ -196,6 +208,8 @@ class Delta:
         put_entries(_delta_part(tensor, part), index, old[: len(index)])
         if part.kind == "resized":
             tensor[part.rows :] = old[len(index) :].view_as(tensor[part.rows :])
+        elif has_loop(tensor):
+            self._room[name] = old
 
     def _check_untouched(self, name: str, change: _Change, tensor: Tensor, scale: float | None) -> None:
         if change.version >= 0 and (change.version, change.pointer) == (_version(tensor), tensor.data_ptr()):
@@ -309,11 +323,22 @@ def _swap_each(model: nn.Module, old: Delta, new: Delta) -> None:
 
     def visit(names: list[str | None]) -> None:
         first, second = names
-        if first is not None:
-            old._take_off(first, leaving)
-            off.add(first)
-        if second is not None:
-            new._put_on(second, live[second], coming)
+        together = None
+        if first is not None and second is not None and new.header.tensors[second].kind == "delta":
+            together = old._leaving(first, leaving)
+        try:
+            if first is not None and together is None:
+                old._take_off(first, leaving)
+            if second is not None:
+                new._put_on(second, live[second], coming, together)
+        except BaseException:
+            if first is not None:
+                old._take_off(first, leaving)  # however far it came; twice does no harm
+            raise
+        finally:
+            off.update(name for name in (first,) if name is not None)
+        if first is not None and together is not None and has_loop(there[first]):
+            old._room[first] = together[1]
 
     try:
         _each((*there.values(), *live.values()), pairs.values(), visit)

@@ -4,8 +4,9 @@
     python tests/benchmarks/delta_size.py --size tiny --output /tmp/size.json      # a smoke run
 
 The files are real: base and fine-tune of a Llama with random weights, every tensor a delta, embeddings and norms too.
-`dare` regenerates its mask, `magnitude` stores it in the smaller of bits and gaps; the columns beside it are computed
-from the number of kept entries: 16-bit values with a 32-bit index each, or with one bit per entry.
+`dare` (and `darex_q`, which differs in a number) and `structural` regenerate their masks, `magnitude` and `wanda` store
+them in the smaller of bits and gaps; inputs of `wanda` have random norms. The columns beside are computed from the
+number of kept entries: 16-bit values with a 32-bit index each, or with one bit per entry.
 """
 
 from __future__ import annotations
@@ -15,13 +16,28 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from bench_delta import SIZES, write_models
 from results import REPOSITORY, write_result
 
+from sparse_ft.checkpoints import CheckpointReader
+from sparse_ft.deltas.darex_moments import InputMoments
 from sparse_ft.deltas.extract import Settings, extract_delta
 
-METHODS = ("dare", "structural", "magnitude")
+METHODS = ("dare", "structural", "magnitude", "wanda")
 DENSITIES = (0.1, 0.01, 0.001)
+
+
+def random_moments(base: Path) -> dict[str, InputMoments]:
+    """Inputs of every matrix, their features of different size."""
+    reader = CheckpointReader(base)
+    generator = torch.Generator().manual_seed(0)
+    found = {}
+    for name in reader.names():
+        if len(shape := reader.shape(name)) == 2:
+            squares = torch.rand(shape[1], generator=generator, dtype=torch.float64)
+            found[name] = InputMoments(1, squares, squares, float("nan"), 1)
+    return found
 
 
 def measure(size: str, directory: str | None) -> list[dict[str, Any]]:
@@ -32,9 +48,10 @@ def measure(size: str, directory: str | None) -> list[dict[str, Any]]:
         write_models(size, place)
         dense = (place / "base" / "model.safetensors").stat().st_size
         rows.append({"method": "dense", "density": 1.0, "bytes": dense, "of_model": 1.0, "times_smaller": 1.0})
+        moments = random_moments(place / "base")
         for method in METHODS:
             for density in DENSITIES:
-                settings = Settings(method, density)
+                settings = Settings(method, density, moments=moments if method == "wanda" else None)
                 target = place / "delta"
                 delta = extract_delta(place / "base", place / "tuned0", target, settings, overwrite=True)
                 pruned = {name: part for name, part in delta.header.tensors.items() if part.mask != "none"}

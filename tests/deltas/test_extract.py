@@ -18,6 +18,7 @@ from deltas.pairs import UP, base_tensors, read, same_bits, save_models, tuned_t
 from sparse_ft.deltas import random_keep
 from sparse_ft.deltas.apply import apply_checkpoint
 from sparse_ft.deltas.dare import add_delta, dare
+from sparse_ft.deltas.darex_moments import InputMoments
 from sparse_ft.deltas.extract import Settings, extract_delta
 from sparse_ft.deltas.magnitude import magnitude_delta
 from sparse_ft.deltas.scope import Selection
@@ -106,10 +107,14 @@ def test_density_one_with_a_scale_is_rescaled(tmp_path: Path) -> None:
 
 def test_shards_and_order_do_not_change_a_byte(tmp_path: Path) -> None:
     one, three = write_pair(tmp_path / "one"), write_pair(tmp_path / "three", shards=3)
+    squares = torch.rand(16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    moments = {UP: InputMoments(1, squares, squares, math.nan, 1)}
+    methods = ("dare", "magnitude", "structural", "wanda")
     for pair in (one, three):
-        for method in ("dare", "magnitude"):
-            extract_delta(*pair, pair[0].parent / method, Settings(method, 0.1), progress=False)
-    for method in ("dare", "magnitude"):
+        for method in methods:
+            settings = Settings(method, 0.25, moments=moments if method == "wanda" else None)
+            extract_delta(*pair, pair[0].parent / method, settings, progress=False)
+    for method in methods:
         first, second = (place / method / DELTA_FILE for place in (tmp_path / "one", tmp_path / "three"))
         assert first.read_bytes() == second.read_bytes()
     apply_checkpoint(three[0], tmp_path / "one" / "dare", tmp_path / "out", progress=False)

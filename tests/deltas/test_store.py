@@ -30,6 +30,14 @@ def test_positions_come_back_and_take_the_smaller_encoding(density: float) -> No
     assert (encoding == "gaps") == (density < 0.12)
 
 
+def test_a_gap_takes_the_bytes_documented() -> None:
+    """At a density d a gap is longer than 127 entries with the probability (1 - d)^128, and then takes two bytes."""
+    positions = random_positions(4_000_000, 0.01, seed=0, name="x")
+    encoding, data = encode_positions(positions, 4_000_000)
+    assert encoding == "gaps"
+    assert data.numel() / len(positions) == pytest.approx(1 + 0.99**128, abs=0.01) == pytest.approx(1.3, abs=0.05)
+
+
 def test_gaps_of_every_length_of_bytes_come_back() -> None:
     gaps = np.array([0, 1, 127, 128, 16_383, 16_384, 2_097_151, 2_097_152, 5, 0])
     positions = np.cumsum(gaps + 1) - 1
