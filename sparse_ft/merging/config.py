@@ -1,8 +1,8 @@
 """mergekit's YAML as frozen dataclasses, checked: the reader's only, nothing is opened or downloaded here.
 
-Beside mergekit's keys there are `compat: mergekit` (its formulas where they differ from the papers'), `seed`, and
-`preserve_masks` (what happens to the zeros of sparse models). All three are optional, so a file
-for mergekit is read unchanged.
+Beside mergekit's keys there are `compat: mergekit` (its formulas where they differ from the papers'), `seed`,
+`preserve_masks` (what happens to the zeros of sparse models) and `trim: model` (ties cuts each delta as one vector).
+All are optional, so a file for mergekit is read unchanged.
 
 Example:
     >>> config = parse_config(read_yaml("merge_method: linear\\nmodels: [{model: a, parameters: {weight: 1}}]", "x"))
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -30,8 +30,10 @@ __all__ = ["MergeConfig", "Module", "OutputSlice", "SliceSource", "parse_config"
 
 _KEYS = (
     "merge_method", "models", "slices", "modules", "base_model", "dtype", "out_dtype", "tokenizer_source", "tokenizer",
-    "chat_template", "parameters", "compat", "seed", "preserve_masks",
+    "chat_template", "parameters", "compat", "seed", "preserve_masks", "trim",
 )  # fmt: skip
+#: What ties takes the largest entries of: each tensor of a delta, or the delta as one vector.
+Trim = Literal["tensor", "model"]
 _DTYPES = {
     name: getattr(torch, dtype)
     for dtype, names in {
@@ -105,6 +107,7 @@ class MergeConfig:
     compat: Compatibility = "paper"
     seed: int = 0
     preserve_masks: PreserveMasks = field(default_factory=PreserveMasks)
+    trim: Trim = "tensor"
     notes: tuple[str, ...] = ()
 
     def references(self) -> tuple[ModelRef, ...]:
@@ -144,6 +147,7 @@ def parse_config(content: Mapping[str, Any]) -> MergeConfig:
         compat=_compat(content.get("compat", "paper")),
         seed=_seed(content.get("seed", 0)),
         preserve_masks=parse_preserve_masks(content.get("preserve_masks")),
+        trim=_trim(content.get("trim", "tensor")),
         notes=tuple(notes),
     )
     _check_inputs(config)
@@ -318,6 +322,12 @@ def _compat(value: object) -> Compatibility:
             f"Unknown compat {value!r}; give 'mergekit' for its formulas, or leave it out for the papers'."
         )
     return "mergekit" if value == "mergekit" else "paper"
+
+
+def _trim(value: object) -> Trim:
+    if value not in ("tensor", "model"):
+        raise ValueError(f"Unknown trim {value!r}; give 'model' to cut each delta as one vector, or leave it out.")
+    return "model" if value == "model" else "tensor"
 
 
 def _seed(value: object) -> int:

@@ -25,6 +25,7 @@ from sparse_ft.merging.plan import Compatibility, default_threads
 from sparse_ft.merging.planning import SHARD_BYTES, Planned, plan_merge
 from sparse_ft.merging.preflight import Preflight, check_models, preflight
 from sparse_ft.merging.preserving import preserved_masks
+from sparse_ft.merging.whole_model import densities_of_models, trim_whole_models
 from sparse_ft.merging.yaml_text import read_yaml_file
 
 
@@ -88,6 +89,8 @@ def prepare_merge(
         truncate_embeddings=truncate_embeddings,
         max_shard_size=max_shard_size,
     )
+    if config.trim == "model":
+        densities_of_models(planned.plan)
     renumbered = bool(planned.layer_origins)
     masks, notes = preserved_masks(config.preserve_masks, planned.plan, planned.base, renumbered=renumbered)
     if tokenizer.vocabulary is not None:
@@ -136,6 +139,8 @@ def merge_checkpoints(
         finish_directory(prepared, directory, Path(output_dir).name, command)
 
     plan = prepared.planned.plan
+    if prepared.config.trim == "model":
+        plan = trim_whole_models(plan, threads)
     return execute(plan, output_dir, threads=threads, progress=progress, overwrite=overwrite, finish=finish)
 
 

@@ -75,6 +75,8 @@ def deviations(config: MergeConfig) -> list[str]:
         return found
     if config.method in _ELECTING:
         found.append("Signs are elected by the unweighted deltas; an exact tie takes the prevailing sign, not plus.")
+    if config.trim == "model":
+        found.append("Each delta is trimmed as one vector (`trim: model`), not tensor by tensor.")
     if config.method in ("dare_linear", "dare_ties"):
         found.append("What is kept of a delta is divided by the density, not scaled to the delta's L1 norm.")
     if config.method in ("della", "della_linear"):
