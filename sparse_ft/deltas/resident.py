@@ -151,9 +151,13 @@ class Delta:
         del self._applied[model]
 
     def prepare(self, device: torch.device | str = "cpu") -> None:
-        """Find the kept entries now, so that the first `apply` is as fast as the next ones."""
-        for name in self._values:
+        """Find the kept entries and make room for the base's values now, so that the first `apply` is as fast as the
+        next ones."""
+        for name, values in self._values.items():
             self._index(name, torch.device(device))
+            room = torch.zeros(len(values), dtype=self.header.tensors[name].torch_dtype, device=device)
+            if has_loop(room):
+                self._room.setdefault(name, room.fill_(0))  # memory is there once it was written to
 
     def _untouched(self, model: nn.Module) -> tuple[_Applied, dict[str, Tensor]]:
         """What was applied, after a look whether all of it is still there, and the tensors as they are now."""
