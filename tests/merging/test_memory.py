@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -100,3 +101,51 @@ def test_merges_take_about_what_is_announced(tmp_path: Path) -> None:
     before, announced, most = found["adapters"]
     products = 2 * 4 * WIDE * WIDE
     assert products * 0.9 < most - before < 2 * (announced - before) and announced - before < 2 * (most - before) + 80e6
+
+
+# What masks of one large tensor take beside what was there, in bytes, not counting pages of files.
+MEASURE_MASKS = """
+import sys, threading, time
+from pathlib import Path
+from sparse_ft.checkpoints import CheckpointReader
+from sparse_ft.masks import MaskSet
+from sparse_ft.merging.imposing import Stored, impose, largest_of_groups, largest_of_tensor
+def taken():
+    return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) * 1024
+def watch():
+    while not ended.is_set():
+        most[0] = max(most[0], taken())
+        time.sleep(0.0005)
+name, (file, info) = "w", CheckpointReader(sys.argv[1]).place("w")
+opened = open(file, "rb")
+works = {
+    "n:m": lambda: largest_of_groups(Stored(opened.fileno(), info, "x"), 1, 2, 4),
+    "unstructured": lambda: largest_of_tensor(Stored(opened.fileno(), info, "x"), 0.5),
+    "imposed": lambda: impose(Path(sys.argv[1]), masks),
+}
+masks = MaskSet.from_packed({"w": works["n:m"]()}, {"w": info.shape}, pattern="2:4")
+for work in works.values():
+    work()  # loads and compiles what is loaded once
+    ended, most, before = threading.Event(), [0], taken()
+    thread = threading.Thread(target=watch)
+    thread.start()
+    work()
+    ended.set()
+    thread.join()
+    print(most[0] - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_masks_of_a_wide_tensor_are_made_and_imposed_in_a_fraction_of_it(tmp_path: Path) -> None:
+    shape = (1024, 16384)
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+    write(tmp_path, {"w": weight})
+    # Freed memory goes back at once, so that what the first call left does not hide what the second takes.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+    command = [sys.executable, "-c", MEASURE_MASKS, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    found = dict(zip(("n:m", "unstructured", "imposed"), map(int, done.stdout.split()), strict=True))
+    assert max(found.values()) < weight.nbytes / 2, found
