@@ -201,6 +201,24 @@ def test_14_models_that_share_a_mask_keep_it(place: Path, method: str) -> None:
         assert counts == {masks.counts()[MATRIX][0]}, "a soup has as many weights as each member"
 
 
+@pytest.mark.parametrize("method", ["task_arithmetic", "dare_ties", "linear"])
+def test_14_dense_models_revive_nothing_inside_the_mask_of_their_base(place: Path, method: str) -> None:
+    mask = torch.rand(24, 16, generator=torch.Generator().manual_seed(2)) < 0.5
+    tensors = read(place / "base")
+    MaskSet({MATRIX: mask}).apply_({MATRIX: tensors[MATRIX]})
+    write(place / "base", tensors, hidden_size=8)
+    MaskSet({MATRIX: mask}).save(place / "base")
+    text = yaml(method, {"a": one(0.5), "b": one(0.4)}).replace(
+        "merge_method: linear\n", "merge_method: linear\nbase_model: @base\n"
+    )
+    free, kept = merge(place, text + "preserve_masks: off\n"), merge(place, text + "preserve_masks: base\n")
+    assert bool(free[MATRIX][~mask].any()), "without it zeros fill up"
+    assert torch.equal(kept[MATRIX], torch.where(mask, free[MATRIX], 0)) and not kept[MATRIX][~mask].signbit().any()
+    assert same(
+        {n: t for n, t in kept.items() if n in free and n != MATRIX}, {n: t for n, t in free.items() if n != MATRIX}
+    )
+
+
 @pytest.mark.parametrize("compat", ["paper", "mergekit"])
 @pytest.mark.parametrize("method", FAMILIES)
 def test_15_single_entries_zeros_and_tiny_densities_give_numbers(tmp_path: Path, method: str, compat: str) -> None:
