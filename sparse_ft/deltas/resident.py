@@ -289,8 +289,8 @@ class Delta:
 def swap(model: nn.Module, old: Delta, new: Delta, *, check_base: bool = True) -> None:
     """Take one delta off a model and put another on; if the other does not fit, the first one stays.
 
-    Two deltas of one digest are of one base, which was looked at when the first was applied and is not looked at again;
-    each weight is then visited once.
+    Two deltas of one digest change the same tensors of one base, which was looked at when the first was applied and is
+    not looked at again; each weight is then visited once. With `check_base=False` that is so for any two.
 
     Raises:
         ValueError: as `Delta.apply`.
