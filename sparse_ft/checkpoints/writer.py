@@ -193,6 +193,16 @@ def write_index(
     (directory / INDEX_FILE).write_text(text, encoding="utf-8")
 
 
+def read_all(descriptor: int, room: memoryview, position: int) -> bool:
+    """Fill `room` with the bytes at a position of a file; False if the file ends before."""
+    while room:
+        done = os.preadv(descriptor, [room], position)
+        if done == 0:
+            return False
+        room, position = room[done:], position + done
+    return True
+
+
 def write_all(descriptor: int, data: memoryview, position: int) -> None:
     """Write bytes at a position of a file."""
     # One call writes 2 GB at most, and less when the disk fills up.

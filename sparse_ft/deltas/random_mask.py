@@ -55,8 +55,9 @@ def check_density(density: float) -> float:
 
 
 def random_keep(
-    numel: int, density: float, *, seed: int, name: str, role: str = "", start: int = 0
-) -> NDArray[np.bool_]:
+    numel: int, density: float, *, seed: int, name: str, role: str = "", start: int = 0,
+    out: NDArray[np.bool_] | None = None,
+) -> NDArray[np.bool_]:  # fmt: skip
     """Keep mask (True = keep) of the flat elements `start .. start + numel` of a tensor.
 
     Args:
@@ -66,19 +67,21 @@ def random_keep(
         name: canonical name of the tensor; different names give independent masks.
         role: tells masks of one tensor apart, for instance the model the delta belongs to.
         start: flat index of the first element.
+        out: (numel,) to write to; a new array without it.
 
     Raises:
         ValueError: a density outside 0..1.
     """
     density = check_density(density)
+    keep = np.empty(numel, dtype=np.bool_) if out is None else out
     if density in (0.0, 1.0):
-        return np.full(numel, density == 1.0)
+        keep[:] = density == 1.0
+        return keep
     keys = _keys(seed, role, name)
     if density <= GAPS_UP_TO:
-        keep = np.zeros(numel, dtype=np.bool_)
+        keep[:] = False
         keep[_gap_positions(keys, density, start, start + numel) - start] = True
         return keep
-    keep = np.empty(numel, dtype=np.bool_)
     whole = int(density * 65536)
     fraction = int((density * 65536 - whole) * 2.0**64)
     key0, key1 = map(np.uint64, keys)

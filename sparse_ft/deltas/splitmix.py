@@ -27,6 +27,33 @@ def _output(seed: np.uint64, position: np.uint64) -> np.uint64:
 
 
 @njit(nogil=True, cache=True)
+def _fill(words: np.ndarray, seed: np.uint64, first: np.uint64) -> None:
+    """Outputs number `first` and following."""
+    for i in range(words.size):
+        words[i] = _output(seed, first + np.uint64(i))
+
+
+@njit(nogil=True, cache=True)
+def _compare(pieces: np.ndarray, keep: np.ndarray, whole: np.uint16) -> bool:
+    """Keep what is below `whole`; whether anything is equal to it."""
+    equal = False
+    for i in range(pieces.size):
+        keep[i] = pieces[i] < whole
+        equal |= pieces[i] == whole
+    return equal
+
+
+@njit(nogil=True, cache=True)
+def _decide(
+    pieces: np.ndarray, keep: np.ndarray, whole: np.uint16, fraction: np.uint64, seed: np.uint64, start: int
+) -> None:
+    """Settle the pieces that are equal to `whole`, one in 65536, by a generator of their own."""
+    for i in range(pieces.size):
+        if pieces[i] == whole:
+            keep[i] = _output(seed, np.uint64(start + i)) < fraction
+
+
+@njit(nogil=True, cache=True)
 def keep_words(
     key0: np.uint64, key1: np.uint64, start: int, whole: np.uint16, fraction: np.uint64, keep: np.ndarray
 ) -> None:
@@ -40,22 +67,14 @@ def keep_words(
         fraction: a piece equal to `whole` keeps its element if the second stream's output is below this.
         keep: (n,) uint8, the answer as 0 or 1.
     """
-    words, kept = np.empty(_BLOCK // PER_WORD, np.uint64), np.empty(_BLOCK, np.uint8)
+    words = np.empty(_BLOCK // PER_WORD, np.uint64)
     pieces = words.view(np.uint16)
     position, done = start - start % PER_WORD, 0
     while done < keep.size:
-        first = np.uint64(position // PER_WORD)
-        for i in range(words.size):
-            words[i] = _output(key0, first + np.uint64(i))
-        equal = np.uint16(0)
-        for i in range(pieces.size):
-            kept[i] = pieces[i] < whole
-            equal |= np.uint16(pieces[i] == whole)
-        if equal:  # one in 65536
-            for i in range(pieces.size):
-                if pieces[i] == whole:
-                    kept[i] = _output(key1, np.uint64(position + i)) < fraction
+        _fill(words, key0, np.uint64(position // PER_WORD))
         skipped = start + done - position
         usable = min(_BLOCK - skipped, keep.size - done)
-        keep[done : done + usable] = kept[skipped : skipped + usable]
+        mine, target = pieces[skipped : skipped + usable], keep[done : done + usable]
+        if _compare(mine, target, whole):
+            _decide(mine, target, whole, fraction, key1, position + skipped)
         position, done = position + _BLOCK, done + usable

@@ -9,7 +9,7 @@ processor's cache, and on tensors in memory, which is what the methods' public f
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -18,30 +18,44 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sparse_ft.merging.kernels import drop, subtract
 from sparse_ft.merging.plan import Compatibility
 
-#: Elements computed at a time: half a megabyte in fp32, so the handful of buffers of a merge stays in the cache.
-CHUNK = 1 << 17
+#: Elements read, computed and written at a time; compiled loops work on them in blocks that stay in the cache.
+CHUNK = 1 << 18
 
-#: Random numbers of model k for the elements `start .. stop`: int8, -1 = keep and 0 = drop, or uniform ones of [0, 1).
+#: Random numbers of model k for the elements `start .. stop`: bool, True = keep, or uniform ones of [0, 1).
 Draw = Callable[[int, int, int], NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Patch:
+    """Elements of the result to be replaced: `start + places` (ascending) by `values`, (n,) int32 and fp32."""
+
+    start: int
+    places: NDArray[np.int32]
+    values: NDArray[np.float32]
 
 
 class Operand(Protocol):
     """One input tensor, readable in pieces."""
 
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The dtype it is stored in; None if its elements are computed."""
+
     def read(self, start: int, stop: int, out: Tensor) -> None:
-        """Put the flat elements `start .. stop` into `out` (fp32, that many elements)."""
+        """Put the flat elements `start .. stop` into `out` (that many elements, fp32 or of `dtype`)."""
 
 
 class Merge(Protocol):
     """A method applied to one tensor."""
 
     def chunk(self, start: int, stop: int) -> Tensor:
-        """The merged elements `start .. stop`, fp32, in a buffer that the next call uses again."""
+        """The merged elements `start .. stop`, fp32 or of the job's dtype, in a buffer used again by the next call."""
 
-    def settle(self) -> list[int]:
-        """After a pass over all chunks: the starts of those to be computed again, now that the whole is known."""
+    def settle(self) -> Iterable[Patch]:
+        """After a pass over all chunks: the elements that turn out otherwise, now that the whole is known."""
 
 
 class Workspace:
@@ -85,6 +99,7 @@ class Job:
         lam: the factor on the merged delta.
         t: position between the two models of slerp.
         compatibility: whose formula, where paper and mergekit differ.
+        dtype: in which the result is wanted; a method may give fp32 all the same.
         draw: random bits, for random methods.
         labels: names of the models, for errors.
         workspace: buffers.
@@ -105,6 +120,7 @@ class Job:
     lam: float = 1.0
     t: float = 0.0
     compatibility: Compatibility = "paper"
+    dtype: torch.dtype = torch.float32
     draw: Draw | None = None
     labels: Sequence[str] = ()
     workspace: Workspace = field(default_factory=Workspace)
@@ -134,24 +150,39 @@ class Job:
         self.base.read(start, stop, out)
         return out
 
-    def read_delta(self, k: int, base: Tensor | None, start: int, stop: int) -> Tensor:
-        """A chunk of model k minus the base, in the buffer "delta"; without a base, of the model itself.
+    def read_delta(self, k: int, base: Tensor | None, start: int, stop: int, out: Tensor | None = None) -> Tensor:
+        """A chunk of model k minus the base, in `out` or the buffer "delta"; without a base, of the model itself.
 
         Raises:
             ValueError: if it is not finite.
         """
-        out = self.workspace.get("delta", stop - start)
+        if out is None:
+            out = self.workspace.get("delta", stop - start)
         self.models[k].read(start, stop, out)
-        if base is not None:
-            out.sub_(base)
-        # The sum is infinite or NaN if one entry is; a finite sum that overflows is told apart by the slow check.
-        if not math.isfinite(out.sum().item()) and not bool(out.isfinite().all()):
-            label = f" of '{self.labels[k]}'" if self.labels else ""
-            raise ValueError(
-                f"Tensor '{self.name}'{label} or of the base has NaN or Inf, which a merge would spread; "
-                f"repair that checkpoint or leave it out."
-            )
+        if subtract(out.numpy(), base.numpy()) if base is not None else not bool(out.isfinite().all()):
+            raise self.not_finite(k)
         return out
+
+    def not_finite(self, k: int) -> ValueError:
+        """What to raise if model k or the base has NaN or Inf."""
+        label = f" of '{self.labels[k]}'" if self.labels else ""
+        return ValueError(
+            f"Tensor '{self.name}'{label} or of the base has NaN or Inf, which a merge would spread; "
+            f"repair that checkpoint or leave it out."
+        )
+
+    def read_raw(self, chosen: Sequence[int], start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """A chunk of the base (n,) and of models (K, n) in one dtype: bfloat16 if all are stored so, else fp32."""
+        assert self.base is not None
+        models, n = [self.models[k] for k in chosen], stop - start
+        short = all(operand.dtype == torch.bfloat16 for operand in (self.base, *models))
+        dtype = torch.bfloat16 if short else torch.float32
+        base = self.workspace.get("raw base", n, dtype)
+        stack = self.workspace.get("raw models", len(models) * n, dtype).view(len(models), n)
+        self.base.read(start, stop, base)
+        for model, row in zip(models, stack, strict=True):
+            model.read(start, stop, row)
+        return base, stack
 
     def present(self) -> list[int]:
         """The models that take part in this tensor: a weight of zero takes none."""
@@ -162,27 +193,26 @@ class MemoryOperand:
     """A tensor in memory as an operand."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self._flat = tensor.detach().reshape(-1)
+        self._flat, self.dtype = tensor.detach().reshape(-1), tensor.dtype
 
     def read(self, start: int, stop: int, out: Tensor) -> None:
         """Copy a range."""
         out.copy_(self._flat[start:stop])
 
 
-def merged_chunks(job: Job, merge: Merge) -> Iterator[tuple[int, Tensor]]:
-    """Every chunk of the result as (start, values); a chunk that had to be computed again comes a second time."""
-    ranges = dict(job.ranges())
-    for start, stop in ranges.items():
-        yield start, merge.chunk(start, stop)
-    for start in merge.settle():
-        yield start, merge.chunk(start, ranges[start])
+def as_array(tensor: Tensor) -> NDArray[Any]:
+    """A tensor for compiled loops: fp32 as it is, the bits of bfloat16 as uint16."""
+    array: NDArray[Any] = tensor.view(torch.int16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
+    return array.view(np.uint16) if tensor.dtype == torch.bfloat16 else array
 
 
 def run_in_memory(job: Job, merge: Merge) -> Tensor:
     """The whole result, fp32."""
     result = torch.empty(job.numel)
-    for start, values in merged_chunks(job, merge):
-        result[start : start + values.numel()] = values
+    for start, stop in job.ranges():
+        result[start:stop] = merge.chunk(start, stop)
+    for patch in merge.settle():
+        result.numpy()[patch.start + patch.places] = patch.values
     return result.view(job.shape)
 
 
@@ -191,14 +221,9 @@ def keep_(values: Tensor, keep: NDArray[np.bool_]) -> None:
 
     Args:
         values: (n,) fp32.
-        keep: (n,) bool, True = keep; its content is lost.
+        keep: (n,) bool, True = keep.
     """
-    keep_bits_(values, np.negative(keep.view(np.int8), out=keep.view(np.int8)))
-
-
-def keep_bits_(values: Tensor, bits: NDArray[np.int8]) -> None:
-    """AND the bits of (n,) fp32 values with int8: with -1, which is all ones, they stay, with 0 they become +0."""
-    values.view(torch.int32).bitwise_and_(torch.from_numpy(bits))
+    drop(values.numpy(), keep.view(np.uint8))
 
 
 def operands(tensors: Sequence[Tensor], shape: Sequence[int]) -> list[MemoryOperand]:
@@ -215,6 +240,6 @@ def operands(tensors: Sequence[Tensor], shape: Sequence[int]) -> list[MemoryOper
     return [MemoryOperand(tensor) for tensor in tensors]
 
 
-def no_second_look(_: object = None) -> list[int]:
+def no_second_look(_: object = None) -> list[Patch]:
     """`Merge.settle` of methods that are done after one pass."""
     return []

@@ -6,18 +6,22 @@ model that makes up for them. `merge_deltas` is the common end of all methods th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import MappingProxyType
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from sparse_ft.merging.chunks import Job, Merge, no_second_look
+from sparse_ft.merging.chunks import Job, Merge, Patch, as_array, no_second_look
+from sparse_ft.merging.kernels import Deltas, Election, elected_sum, weighted_sum
+from sparse_ft.merging.thresholds import Cut
 
-_SIGN = -(1 << 31)  # the sign bit of a float, as an int32
-_BELOW_ZERO = 1e-37  # turns an exact zero into a negative number and changes no other sum
 _LEAST_DIVISOR = 1e-6
+_MOST_KEPT = 1 << 21  # 8 bytes each
 
 
 class Sparsify(Protocol):
@@ -30,14 +34,31 @@ class Sparsify(Protocol):
         """Zero the dropped ones of the elements `start .. stop` of delta k, in place."""
 
 
+@runtime_checkable
+class Masking(Sparsify, Protocol):
+    """One that drops what a threshold or a mask says and changes nothing else: compiled loops do that on the way."""
+
+    #: Of the models of which only the largest entries are kept.
+    cuts: Mapping[int, Cut]
+
+    def keep(self, k: int, start: int, stop: int, out: NDArray[np.uint8]) -> bool:
+        """Write to `out` which of the elements `start .. stop` of model k are kept; False if no mask says that."""
+
+
 class KeepAll:
     """Drops nothing."""
+
+    cuts: Mapping[int, Cut] = MappingProxyType({})
 
     def __init__(self, models: int) -> None:
         self.scales: Sequence[float] = [1.0] * models
 
     def __call__(self, k: int, delta: Tensor, start: int, stop: int) -> None:
         """Leave the delta as it is."""
+
+    def keep(self, k: int, start: int, stop: int, out: NDArray[np.uint8]) -> bool:
+        """No mask."""
+        return False
 
 
 def l1_scales(job: Job, sparsify: Sparsify) -> list[float]:
@@ -81,22 +102,18 @@ class WeightedSum:
     settle = staticmethod(no_second_look)
 
     def __init__(self, job: Job, sparsify: Sparsify) -> None:
-        self._job, self._sparsify = job, sparsify
+        self._job = job
         total = sum(job.weights)
-        self._lam = job.lam / (total if job.normalize and abs(total) >= 1e-8 else 1.0)
+        self._lam = np.float32(job.lam / (total if job.normalize and abs(total) >= 1e-8 else 1.0))
+        self._deltas = _Deltas(job, sparsify)
+        self._factors = _column(job.weights[k] * sparsify.scales[k] for k in job.present())
 
     def chunk(self, start: int, stop: int) -> Tensor:
         """The merged elements."""
-        job = self._job
-        base, total = job.read_base(start, stop), job.workspace.get("total", stop - start)
-        assert base is not None
-        present = job.present()
-        for k in present:
-            delta = job.read_delta(k, base, start, stop)
-            self._sparsify(k, delta, start, stop)
-            factor = job.weights[k] * self._sparsify.scales[k]
-            _accumulate(total, delta, factor, k == present[0])
-        return base.add_(total, alpha=self._lam) if present else base
+        out = _output(self._job, stop - start)
+        with self._deltas.read(start, stop) as (base, deltas):
+            weighted_sum(as_array(out), base, deltas, self._factors, self._lam)
+        return out
 
 
 class ElectedSum:
@@ -107,89 +124,111 @@ class ElectedSum:
 
         W = W_0 + lambda * sum_k w_k delta_k / (sum_k w_k if `normalize`, else 1)
 
-    With A = sum_k |w_k delta_k| and S = sum_k w_k delta_k the sum over those that agree is s (A + s S) / 2, so no delta
-    is looked at twice; the divisor is found in the same way from the signs.
+    Which sign prevails is known after the last chunk. Until then it is taken to be +1, and the results for -1 of the
+    entries that depend on it are kept; beyond `_MOST_KEPT` of them their chunks are computed again.
     """
 
     def __init__(self, job: Job, sparsify: Sparsify) -> None:
-        self._job, self._sparsify = job, sparsify
-        self._present = job.present()
-        weights = [job.weights[k] for k in self._present]
-        self._by_weight = job.compatibility == "mergekit"
-        # With equal weights the weighted sum has the sign of the plain one.
-        self._own_votes = not self._by_weight and any(w != weights[0] or w < 0 for w in weights)
-        self._positive = all(w > 0 for w in weights)
-        self._sums = ["total", "size", *(["votes"] if self._own_votes else [])]
-        self._sums += ["signs", "present"] if job.normalize else []
-        self._majority = 0
-        self._undecided: list[int] = []
-        self._zero_is_negative = False
-
-    def settle(self) -> list[int]:
-        """The chunks with undecided entries, if the tensor's prevailing sign is not the one assumed."""
-        self._zero_is_negative = self._majority < 0
-        return self._undecided if self._zero_is_negative else []
+        self._job, self._deltas = job, _Deltas(job, sparsify)
+        present = job.present()
+        by_weight = job.compatibility == "mergekit"
+        weights = [job.weights[k] for k in present]
+        factors = [job.weights[k] * sparsify.scales[k] for k in present]
+        # A factor that all share is applied at the end: sums of plain deltas cancel exactly where they should.
+        shared = factors[0] if factors and factors[0] > 0 and len(set(factors)) == 1 else 1.0
+        self._lam = np.float32(job.lam * shared)
+        self._election = Election(
+            votes=_column(factor / shared for factor in factors)
+            if by_weight
+            else _column(sparsify.scales[k] for k in present),
+            # With equal weights the weighted sum has the sign of the plain one.
+            apart=any(w < 0 or (w != weights[0] and not by_weight) for w in weights),
+            # mergekit compares the sign of w delta, the paper that of delta: a negative weight tells them apart.
+            signs=_column(-1.0 if by_weight and w < 0 else 1.0 for w in weights),
+            factors=_column(factor / shared for factor in factors),
+            weights=_column(weights),
+            # Weights of both signs may cancel to almost nothing.
+            least=np.float32(1e-30 if all(w > 0 for w in weights) else _LEAST_DIVISOR),
+            normalize=job.normalize,
+        )
+        self._one_zero = by_weight or len(present) < 2
+        self._majority, self._kept = 0, 0
+        self._patches: list[Patch] = []
+        self._dropped: list[tuple[int, int]] = []
 
     def chunk(self, start: int, stop: int) -> Tensor:
         """The merged elements."""
+        total, patch = self._elect(start, stop)
+        if patch is not None:
+            self._kept += len(patch.places)
+            if self._kept <= _MOST_KEPT:
+                self._patches.append(Patch(start, patch.places.copy(), patch.values.copy()))
+            else:
+                self._dropped.append((start, stop))
+        return total
+
+    def settle(self) -> Iterator[Patch]:
+        """The entries whose deltas cancel, if the tensor's prevailing sign is not the one assumed."""
+        if self._majority < 0:
+            yield from self._patches
+            for start, stop in self._dropped:
+                patch = self._elect(start, stop)[1]
+                if patch is not None:
+                    yield patch
+
+    def _elect(self, start: int, stop: int) -> tuple[Tensor, Patch | None]:
+        """The merged elements, and what would stand where the deltas cancel if -1 prevailed."""
         job, n = self._job, stop - start
-        base = job.read_base(start, stop)
-        assert base is not None
-        if not self._present:
-            return base
-        sums = {name: job.workspace.get(name, n) for name in self._sums}
-        for k in self._present:
-            delta = job.read_delta(k, base, start, stop)
-            self._sparsify(k, delta, start, stop)
-            self._add(k, delta, sums)
-        total, size = sums["total"], sums["size"]
-        votes = sums["votes"] if self._own_votes else total
-        if not self._by_weight and len(self._present) > 1 and not self._zero_is_negative:
-            self._count_votes(start, votes, size)
-        if self._zero_is_negative:
-            votes = torch.sub(votes, _BELOW_ZERO, out=job.workspace.get("sign", n))
-        sign = torch.bitwise_and(votes.view(torch.int32), _SIGN, out=job.workspace.get("bits", n, torch.int32))
-        double = _flip(_flip(total, sign).add_(size), sign)
-        if not job.normalize:
-            return base.add_(double, alpha=job.lam / 2)
-        divisor = _flip(sums["signs"], sign).add_(sums["present"])
-        return base.add_(double.div_(self._without_zeros(divisor)), alpha=job.lam)
-
-    def _add(self, k: int, delta: Tensor, sums: dict[str, Tensor]) -> None:
-        weight, scale, first = self._job.weights[k], self._sparsify.scales[k], k == self._present[0]
-        # mergekit compares the sign of w delta, the paper that of delta: a negative weight tells them apart.
-        strength = abs(weight) if self._by_weight else weight
-        _accumulate(sums["total"], delta, weight * scale, first)
-        if self._own_votes:
-            _accumulate(sums["votes"], delta, scale, first)
-        if self._job.normalize:
-            sign = torch.sign(delta, out=self._job.workspace.get("sign", delta.numel()))
-            _accumulate(sums["signs"], sign, strength, first)
-            _accumulate(sums["present"], sign.abs_(), weight, first)
-        _accumulate(sums["size"], delta.abs_(), strength * scale, first)
-
-    def _count_votes(self, start: int, votes: Tensor, size: Tensor) -> None:
-        """Note what the chunk adds to the majority, and whether it has entries that depend on it."""
-        flags = self._job.workspace.bools("lower", votes.numel())
-        positive = np.count_nonzero(np.greater(votes.numpy(), 0, out=flags))
-        negative = np.count_nonzero(np.less(votes.numpy(), 0, out=flags))
-        self._majority += int(positive) - int(negative)
-        if np.count_nonzero(np.not_equal(size.numpy(), 0, out=flags)) > positive + negative:
-            self._undecided.append(start)
-
-    def _without_zeros(self, divisor: Tensor) -> Tensor:
-        """Twice the divisor, with 1 where nobody agreed; weights of both signs may cancel to almost nothing."""
-        if self._positive:
-            return divisor.clamp_min_(1e-30)  # nobody agreed: the sum is zero as well
-        return divisor.masked_fill_(divisor.abs() < 2 * _LEAST_DIVISOR, 2.0)
+        out, room = _output(job, n), 0 if self._one_zero else n
+        values = job.workspace.get("negative", room).numpy()
+        places = job.workspace.get("places", room, torch.int32).numpy()
+        with self._deltas.read(start, stop) as (base, deltas):
+            undecided, majority = elected_sum(as_array(out), base, deltas, self._election, self._lam, values, places)
+        self._majority += majority
+        return out, Patch(start, places[:undecided], values[:undecided]) if undecided else None
 
 
-def _accumulate(total: Tensor, values: Tensor, factor: float, first: bool) -> None:
-    """total + factor * values in place, or only the second term if it is the first."""
-    torch.mul(values, factor, out=total) if first else total.add_(values, alpha=factor)
+def _output(job: Job, n: int) -> Tensor:
+    return job.workspace.get("out", n, torch.bfloat16 if job.dtype == torch.bfloat16 else torch.float32)
 
 
-def _flip(values: Tensor, sign: Tensor) -> Tensor:
-    """Change the sign of the values where the bit is set, in place."""
-    values.view(torch.int32).bitwise_xor_(sign)
-    return values
+class _Deltas:
+    """Chunks of the models that take part as the compiled loops want them, with what is to be dropped from each."""
+
+    def __init__(self, job: Job, sparsify: Sparsify) -> None:
+        self._job, self._sparsify, self._present = job, sparsify, job.present()
+        self._masking = sparsify if isinstance(sparsify, Masking) else None
+        cuts = sparsify.cuts if isinstance(sparsify, Masking) else {}
+        self._above = _column(cuts[k].value if k in cuts else -1.0 for k in self._present)
+        self._early = np.nextafter(self._above, np.float32(-np.inf))
+        self._positions = np.array([cuts[k].position if k in cuts else 0 for k in self._present], np.int64)
+
+    @contextmanager
+    def read(self, start: int, stop: int) -> Iterator[tuple[NDArray[Any], Deltas]]:
+        """A chunk of the base, and of the others with what to drop from them.
+
+        Raises:
+            ValueError: afterwards, if a loop found a delta that is not finite.
+        """
+        job, n, count = self._job, stop - start, len(self._present)
+        strange, masked = np.zeros(count, np.bool_), np.zeros(count, np.bool_)
+        if self._masking is not None:
+            base, models = job.read_raw(self._present, start, stop)
+            keep = job.workspace.get("keep", count * n, torch.uint8).view(count, n).numpy()
+            for place, k in enumerate(self._present):
+                masked[place] = self._masking.keep(k, start, stop, keep[place])
+        else:
+            whole = job.read_base(start, stop)
+            assert whole is not None
+            base, models = whole, job.workspace.get("deltas", count * n).view(count, n)
+            keep = np.zeros((count, 0), np.uint8)
+            for place, k in enumerate(self._present):
+                self._sparsify(k, job.read_delta(k, base, start, stop, models[place]), start, stop)
+        ready, befores = self._masking is None, self._positions - start
+        yield as_array(base), Deltas(as_array(models), ready, keep, masked, self._above, self._early, befores, strange)
+        if strange.any():
+            raise job.not_finite(self._present[int(np.argmax(strange))])
+
+
+def _column(numbers: Iterable[float]) -> NDArray[np.float32]:
+    return np.array(list(numbers), dtype=np.float32)

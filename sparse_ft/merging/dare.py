@@ -15,14 +15,17 @@ arXiv 2410.09344, for q.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
-from sparse_ft.merging.chunks import Job, MemoryOperand, Merge, keep_bits_, operands, run_in_memory
+from sparse_ft.merging.chunks import Job, MemoryOperand, Merge, keep_, operands, run_in_memory
 from sparse_ft.merging.consensus import l1_scales, merge_deltas
 from sparse_ft.merging.plan import Compatibility
+from sparse_ft.merging.thresholds import Cut
 
 
 def dare_linear(
@@ -121,6 +124,8 @@ def merge_darex_q(job: Job) -> Merge:
 class RandomDrop:
     """Keep masks from `job.draw`, and the factor that makes up for them."""
 
+    cuts: Mapping[int, Cut] = MappingProxyType({})
+
     def __init__(self, job: Job) -> None:
         self._job = job
         self.scales: Sequence[float] = [1.0] * len(job.models)
@@ -138,7 +143,15 @@ class RandomDrop:
             delta.zero_()
             return
         assert self._job.draw is not None
-        keep_bits_(delta, self._job.draw(k, start, stop))
+        keep_(delta, self._job.draw(k, start, stop))
+
+    def keep(self, k: int, start: int, stop: int, out: NDArray[np.uint8]) -> bool:
+        """The random mask of model k."""
+        density = self._job.densities[k]
+        if density < 1.0:
+            assert self._job.draw is not None or density <= 0.0
+            out[:] = self._job.draw(k, start, stop) if self._job.draw and density > 0.0 else 0
+        return density < 1.0
 
 
 def _job(
@@ -146,7 +159,7 @@ def _job(
     masks: Sequence[Tensor], rescale: bool, normalize: bool, lam: float, compatibility: Compatibility,
     scales: Sequence[float] = (),
 ) -> Job:  # fmt: skip
-    flat = [mask.reshape(-1).to(torch.int8).neg_().numpy() for mask in masks]
+    flat = [mask.reshape(-1).bool().numpy() for mask in masks]
     return Job(
         "tensor", tuple(base.shape), MemoryOperand(base), operands(tensors, base.shape), weights=list(weights),
         densities=list(densities), scales=list(scales), rescale=rescale, normalize=normalize, lam=lam,

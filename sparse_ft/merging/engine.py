@@ -28,7 +28,7 @@ from torch import Tensor
 
 from sparse_ft.checkpoints import check_output_dir, resumable_directory
 from sparse_ft.checkpoints.header import tensor_bytes
-from sparse_ft.merging.chunks import Job, Workspace, merged_chunks
+from sparse_ft.merging.chunks import Job, Patch, Workspace
 from sparse_ft.merging.jobs import make_job
 from sparse_ft.merging.methods import METHODS
 from sparse_ft.merging.operands import Inputs, operands_of
@@ -205,9 +205,21 @@ def _do_tensor(plan: MergePlan, tensor: TensorPlan, inputs: Inputs, output: Outp
         _copy(tensor, tensor.copy, inputs, output, workspace)
         return
     job = make_job(plan, tensor, inputs, workspace)
-    for start, values in merged_chunks(job, METHODS[plan.method](job)):
-        output.write(tensor, start, _cast(tensor, values, workspace))
+    merge = METHODS[plan.method](job)
+    for start, stop in job.ranges():
+        output.write(tensor, start, _cast(tensor, merge.chunk(start, stop), workspace))
+    for patch in merge.settle():
+        _patch(tensor, patch, output, workspace)
     workspace.trim(1 << 20)
+
+
+def _patch(tensor: TensorPlan, patch: Patch, output: OutputFiles, workspace: Workspace) -> None:
+    """Replace scattered elements: the stretch they lie in is read back and written once more."""
+    first, last = int(patch.places[0]), int(patch.places[-1])
+    piece = workspace.get("patch", last + 1 - first, tensor.dtype)
+    output.read(tensor, patch.start + first, piece)
+    piece[torch.from_numpy(patch.places - first).long()] = _cast(tensor, torch.from_numpy(patch.values), workspace)
+    output.write(tensor, patch.start + first, piece)
 
 
 def _copy(tensor: TensorPlan, source: Source, inputs: Inputs, output: OutputFiles, workspace: Workspace) -> None:

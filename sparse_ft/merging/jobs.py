@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sparse_ft.deltas.random_mask import GAP_BLOCK, random_keep, random_uniform
+from sparse_ft.deltas.random_mask import GAP_BLOCK, GAPS_UP_TO, random_keep, random_uniform
 from sparse_ft.merging.chunks import Draw, Job, Workspace
 from sparse_ft.merging.families import REQUIRED, default_of
 from sparse_ft.merging.methods import BY_ROWS
@@ -44,7 +44,7 @@ def make_job(plan: MergePlan, tensor: TensorPlan, inputs: Inputs, workspace: Wor
         weights=each("weight", 1.0), densities=densities, gammas=each("gamma", 0.0),
         epsilons=each("epsilon", 0.0), scales=each("q", 1.0), normalize=bool(one("normalize", 0)),
         rescale=bool(one("rescale", 0)), lam=float(one("lambda", 1.0)), t=float(one("t", 0.0)),
-        compatibility=plan.compatibility, draw=_draw(plan, tensor, densities),
+        compatibility=plan.compatibility, dtype=tensor.dtype, draw=_draw(plan, tensor, densities, workspace),
         labels=[plan.models[source.model].label for source in tensor.sources],
         workspace=workspace, by_rows=plan.method in BY_ROWS,
     )  # fmt: skip
@@ -63,24 +63,26 @@ def _setting(plan: MergePlan, tensor: TensorPlan, given: Mapping[str, Any], para
     return default
 
 
-def _draw(plan: MergePlan, tensor: TensorPlan, densities: Sequence[float]) -> Draw:
+def _draw(plan: MergePlan, tensor: TensorPlan, densities: Sequence[float], workspace: Workspace) -> Draw:
     """Random bits keyed by (seed, the model's label unless it is shared, the output tensor's name, position)."""
     roles = ["" if tensor.parameters.get("shared_drop") else plan.models[s.model].label for s in tensor.sources]
     if plan.method in BY_ROWS:
         return lambda k, start, stop: random_uniform(
             stop - start, seed=plan.seed, name=tensor.name, role=roles[k], start=start
         )
-    blocks: dict[int, tuple[int, NDArray[np.int8]]] = {}
+    blocks: dict[int, tuple[int, NDArray[np.bool_]]] = {}
 
-    def draw(k: int, start: int, stop: int) -> NDArray[np.int8]:
-        # Many chunks' bits at once: setting up the generator takes as long as drawing thousands.
+    def keep(k: int, start: int, stop: int, out: NDArray[np.bool_] | None = None) -> NDArray[np.bool_]:
+        name, role = tensor.name, roles[k]
+        return random_keep(stop - start, densities[k], seed=plan.seed, name=name, role=role, start=start, out=out)
+
+    def draw(k: int, start: int, stop: int) -> NDArray[np.bool_]:
+        # Gaps are drawn a block at a time, from its beginning.
+        if densities[k] > GAPS_UP_TO:
+            return keep(k, start, stop, workspace.bools("draw", stop - start))
         block = start // GAP_BLOCK
         if blocks.get(k, (-1,))[0] != block:
-            first = block * GAP_BLOCK
-            numel = min(GAP_BLOCK, math.prod(tensor.shape) - first)
-            keep = random_keep(numel, densities[k], seed=plan.seed, name=tensor.name, role=roles[k], start=first)
-            bits = keep.view(np.int8)
-            blocks[k] = block, np.negative(bits, out=bits)
+            blocks[k] = block, keep(k, block * GAP_BLOCK, min((block + 1) * GAP_BLOCK, math.prod(tensor.shape)))
         return blocks[k][1][start % GAP_BLOCK : start % GAP_BLOCK + stop - start]
 
     return draw

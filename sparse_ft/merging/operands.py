@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sparse_ft.checkpoints import CheckpointReader
 from sparse_ft.checkpoints.header import TensorInfo
+from sparse_ft.checkpoints.writer import read_all
 from sparse_ft.deltas.lora import LoraAdapter, load_lora
 from sparse_ft.merging.chunks import MemoryOperand, Operand, Workspace
 from sparse_ft.merging.plan import NO_ROW, MergeInput, Source, TensorPlan
@@ -34,6 +35,7 @@ class StoredTensor:
 
     def __init__(self, descriptor: int, info: TensorInfo, workspace: Workspace, where: str) -> None:
         self._descriptor, self.info, self._workspace, self._where = descriptor, info, workspace, where
+        self.dtype = info.dtype
 
     def stored(self, start: int, stop: int) -> Tensor:
         """The elements `start .. stop` as stored, in a buffer that the next call uses again.
@@ -41,20 +43,21 @@ class StoredTensor:
         Raises:
             ValueError: if the file ends before them.
         """
-        width = self.info.dtype.itemsize
         piece = self._workspace.get("stored", stop - start, self.info.dtype)
-        room = piece.view(torch.uint8).numpy().data.cast("B")
-        position = self.info.start + start * width
-        while room:
-            done = os.preadv(self._descriptor, [room], position)
-            if done == 0:
-                raise ValueError(f"{self._where} ends in the middle of a tensor; was the file changed?")
-            room, position = room[done:], position + done
+        self._fill(start, piece)
         return piece
 
     def read(self, start: int, stop: int, out: Tensor) -> None:
-        """Read and convert a range."""
-        out.copy_(self.stored(start, stop))
+        """Read a range, and convert it if `out` has another dtype."""
+        if out.dtype == self.info.dtype:
+            self._fill(start, out)
+        else:
+            out.copy_(self.stored(start, stop))
+
+    def _fill(self, start: int, out: Tensor) -> None:
+        position = self.info.start + start * self.info.dtype.itemsize
+        if not read_all(self._descriptor, out.view(torch.uint8).numpy().data.cast("B"), position):
+            raise ValueError(f"{self._where} ends in the middle of a tensor; was the file changed?")
 
 
 class SumOperand:
@@ -64,6 +67,8 @@ class SumOperand:
         operand: the base.
         make: forms what is added, fp32, of the same number of elements.
     """
+
+    dtype = None
 
     def __init__(self, operand: Operand, make: Callable[[], Tensor]) -> None:
         self._operand, self._make = operand, make
@@ -86,6 +91,8 @@ class RowsOperand:
         width: elements of a row.
         missing: gives the row (width,) of the result where this operand has none; zeros without it.
     """
+
+    dtype = None
 
     def __init__(
         self, operand: Operand, rows: NDArray[np.int64], width: int, missing: Callable[[int, Tensor], None] | None

@@ -14,7 +14,7 @@ from torch import Tensor
 from sparse_ft.checkpoints import atomic_write
 from sparse_ft.checkpoints.header import TensorInfo, build_header, tensor_bytes
 from sparse_ft.checkpoints.resumable import NOTES
-from sparse_ft.checkpoints.writer import TRANSFORMERS_METADATA, check_room, write_all, write_index
+from sparse_ft.checkpoints.writer import TRANSFORMERS_METADATA, check_room, read_all, write_all, write_index
 from sparse_ft.merging.plan import MergePlan, TensorPlan
 
 _FINISHED = "finished.json"
@@ -48,6 +48,12 @@ class OutputFiles:
         data = values.view(torch.uint8).numpy().data.cast("B")
         write_all(descriptor, data, places[tensor.name].start + start * tensor.dtype.itemsize)
 
+    def read(self, tensor: TensorPlan, start: int, out: Tensor) -> None:
+        """Read back elements that were written, into `out` of the tensor's dtype."""
+        descriptor, places = self._opened(self._file_of[tensor.name])
+        room = out.view(torch.uint8).numpy().data.cast("B")
+        read_all(descriptor, room, places[tensor.name].start + start * tensor.dtype.itemsize)
+
     def tensor_done(self, file: str) -> None:
         """One more tensor of a file is whole; with the last one the file is flushed and noted."""
         with self._lock:
@@ -79,7 +85,7 @@ class OutputFiles:
         with self._lock:
             if file not in self._open:
                 header, places = build_header(dict(self._shards)[file], TRANSFORMERS_METADATA)
-                descriptor = os.open(self._directory / file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+                descriptor = os.open(self._directory / file, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
                 self._open[file] = descriptor, places
                 write_all(descriptor, memoryview(header), 0)
                 os.ftruncate(descriptor, max([len(header), *(info.stop for info in places.values())]))

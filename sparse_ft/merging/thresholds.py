@@ -14,15 +14,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from sparse_ft.merging.chunks import Job
+from sparse_ft.merging.chunks import Job, as_array
+from sparse_ft.merging.kernels import collect, place_of, sizes
 
-_SAMPLE_BLOCK = 1024
+_SAMPLE_BLOCK, _SAMPLE_BLOCKS = 1024, 16  # entries of a block at least, and blocks at most
 _SIGMAS = 5.0  # sample blocks are neighbours and so a little alike: wider than independent entries would need
+_MOST_HELD = 1 << 22  # values inside a bracket that are held as they are
 _BIN_SHIFT = 16  # bits of a float below the histogram's: a bin spans less than a percent of its value
 
 
@@ -83,6 +85,30 @@ def find_cuts(job: Job, wanted: Sequence[Wanted]) -> list[Cut]:
 
 
 @dataclass
+class _Piece:
+    """What one chunk has in a bracket: how often its ends, and what lies between, each as often as it occurs.
+
+    With `counts` each value between stands once, with its count.
+    """
+
+    start: int
+    at_low: int
+    at_high: int
+    between: NDArray[np.float32]
+    counts: NDArray[np.int64] | None = None
+
+    def all_counts(self) -> NDArray[np.int64]:
+        return np.ones(len(self.between), np.int64) if self.counts is None else self.counts
+
+    def count(self, chosen: NDArray[np.bool_]) -> int:
+        return int(np.count_nonzero(chosen) if self.counts is None else self.counts[chosen].sum())
+
+    @property
+    def numel(self) -> int:
+        return self.at_low + self.at_high + int(self.all_counts().sum())
+
+
+@dataclass
 class _Search:
     """The search for one cut: entry number `rank` of the ascending order is the value."""
 
@@ -91,7 +117,8 @@ class _Search:
     low: float = 0.0
     high: float = math.inf
     below: int = 0
-    pieces: list[tuple[int, NDArray[np.float32], NDArray[np.int64]]] = field(default_factory=list)
+    held: int = 0
+    pieces: list[_Piece] = field(default_factory=list)
 
     @property
     def is_open(self) -> bool:
@@ -103,7 +130,7 @@ class _Search:
 
     @property
     def hit(self) -> bool:
-        return self.below <= self.rank < self.below + sum(int(counts.sum()) for _, _, counts in self.pieces)
+        return self.below <= self.rank < self.below + sum(piece.numel for piece in self.pieces)
 
     def trivial(self) -> Cut:
         """The cut of everything or nothing."""
@@ -118,51 +145,55 @@ class _Search:
         self.low = float(sample[first]) if first >= 0 else 0.0
         self.high = float(sample[last]) if last < size else math.inf
 
-    def add(self, start: int, sizes: NDArray[np.float32], lower: NDArray[np.bool_], inside: NDArray[np.bool_]) -> None:
-        """Count and collect one chunk; the two arrays of bools are room to work in."""
-        np.less(sizes, np.float32(self.low), out=lower)
-        np.less_equal(sizes, np.float32(self.high), out=inside)
-        below = int(np.count_nonzero(lower))
+    def add(self, start: int, base: NDArray[Any], model: NDArray[Any], room: NDArray[np.float32]) -> bool:
+        """Count and collect one chunk; `room` for as many values is overwritten. Whether any is not finite."""
+        found = collect(base, model, np.float32(self.low), np.float32(self.high), room)
+        below, at_low, at_high, count, strange = found
         self.below += below
-        count = int(np.count_nonzero(inside)) - below
-        if not count:
-            return
-        if self.low == self.high:
-            self.pieces.append((start, np.array([self.low], dtype=np.float32), np.array([count])))
-            return
-        np.not_equal(lower, inside, out=inside)
-        values = sizes[np.flatnonzero(inside)]
-        # On a lattice thousands of values are a handful of different ones.
-        found, counts = np.unique(values, return_counts=True) if count > 256 else (values, np.ones(count, np.int64))
-        self.pieces.append((start, found, counts))
+        self.held += count
+        if self.held <= _MOST_HELD:
+            self.pieces.append(_Piece(start, at_low, at_high, room[:count].copy()))
+        else:  # deltas of bf16 weights lie on a lattice: thousands of values are a handful of different ones
+            self.pieces.append(_Piece(start, at_low, at_high, *np.unique(room[:count], return_counts=True)))
+        return bool(strange)
 
     def cut(self, job: Job) -> Cut:
         """The result, after a pass whose bracket held the rank."""
-        values = np.concatenate([found for _, found, _ in self.pieces])
-        counts = np.concatenate([numbers for _, _, numbers in self.pieces])
-        order = np.argsort(values)
-        up_to = self.below + np.cumsum(counts[order])
-        value = values[order][np.searchsorted(up_to, self.rank, side="right")]
-        less = self.below + int(counts[values < value].sum())
-        equal = int(counts[values == value].sum())
+        rank = self.rank - self.below
+        at_low, at_high = (sum(getattr(piece, end) for piece in self.pieces) for end in ("at_low", "at_high"))
+        inside = sum(piece.numel for piece in self.pieces)
+        if rank < at_low:
+            value, less, equal = np.float32(self.low), 0, at_low
+        elif rank >= inside - at_high:
+            value, less, equal = np.float32(self.high), inside - at_high, at_high
+        else:
+            value = self._between(rank - at_low)
+            less = at_low + sum(piece.count(piece.between < value) for piece in self.pieces)
+            equal = sum(piece.count(piece.between == value) for piece in self.pieces)
+        less += self.below
         outside = self.numel - less - equal if self.wanted.largest else less
         return Cut(float(value), self._position(job, value, self.wanted.count - outside))
 
+    def _between(self, rank: int) -> np.float32:
+        """Number `rank` of the ascending values between the ends of the bracket."""
+        values = np.concatenate([piece.between for piece in self.pieces])
+        if all(piece.counts is None for piece in self.pieces):
+            return np.float32(np.partition(values, rank)[rank])
+        order = np.argsort(values)
+        up_to = np.cumsum(np.concatenate([piece.all_counts() for piece in self.pieces])[order])
+        return np.float32(values[order][np.searchsorted(up_to, rank, side="right")])
+
     def _position(self, job: Job, value: np.float32, ties: int) -> int:
         """The flat index behind tie number `ties`."""
-        for start, found, counts in self.pieces:
-            here = int(counts[found == value].sum())
+        for piece in self.pieces:
+            ends = {np.float32(self.high): piece.at_high, np.float32(self.low): piece.at_low}
+            here = ends[value] if value in ends else piece.count(piece.between == value)
             if ties <= here:
-                stop = min(stop for first, stop in job.ranges() if first == start)
-                sizes = _sizes(job, self.wanted.model, job.read_base(start, stop), start, stop)
-                return start + int(np.flatnonzero(sizes == value)[ties - 1]) + 1
+                stop = next(stop for start, stop in job.ranges() if start == piece.start)
+                base, models = _raw(job, [self.wanted.model], piece.start, stop)
+                return piece.start + int(place_of(base, models[0], value, ties)) + 1
             ties -= here
         raise AssertionError("fewer ties than were counted")
-
-
-def _sizes(job: Job, k: int, base: torch.Tensor | None, start: int, stop: int) -> NDArray[np.float32]:
-    sizes: NDArray[np.float32] = job.read_delta(k, base, start, stop).abs_().numpy()
-    return sizes
 
 
 def _models(searches: Sequence[_Search]) -> dict[int, list[_Search]]:
@@ -177,14 +208,15 @@ def _take_samples(job: Job, searches: Sequence[_Search]) -> None:
     by_model = _models(searches)
     if not by_model:
         return
-    blocks = min(max(job.numel // 64, 16384), 131072) // _SAMPLE_BLOCK
-    spread = np.linspace(0, max(job.numel - _SAMPLE_BLOCK, 0), min(blocks, -(-job.numel // _SAMPLE_BLOCK)))
+    size = min(max(job.numel // 64, 16384), 131072)
+    block = max(size // _SAMPLE_BLOCKS, _SAMPLE_BLOCK)
+    spread = np.linspace(0, max(job.numel - block, 0), min(size // block, -(-job.numel // block)))
     samples: dict[int, list[NDArray[np.float32]]] = {k: [] for k in by_model}
     for start in dict.fromkeys(int(place) for place in spread):
-        stop = min(start + _SAMPLE_BLOCK, job.numel)
-        base = job.read_base(start, stop)
-        for k in by_model:
-            samples[k].append(_sizes(job, k, base, start, stop).copy())
+        base, models = _raw(job, list(by_model), start, min(start + block, job.numel))
+        for k, model in zip(by_model, models, strict=True):
+            samples[k].append(np.empty(len(base), np.float32))
+            sizes(base, model, samples[k][-1])
     for k, own in by_model.items():
         sample = np.sort(np.concatenate(samples[k]))
         for search in own:
@@ -195,14 +227,25 @@ def _collect(job: Job, searches: Sequence[_Search]) -> None:
     """One pass over the tensor for the brackets as they are."""
     by_model = _models(searches)
     for search in searches:
-        search.below, search.pieces = 0, []
+        search.below, search.held, search.pieces = 0, 0, []
     for start, stop in job.ranges() if by_model else ():
-        base = job.read_base(start, stop)
-        lower, inside = (job.workspace.bools(name, stop - start) for name in ("lower", "inside"))
-        for k, own in by_model.items():
-            sizes = _sizes(job, k, base, start, stop)
+        base, models = _raw(job, list(by_model), start, stop)
+        room = job.workspace.get("sizes", stop - start).numpy()
+        for model, (k, own) in zip(models, by_model.items(), strict=True):
             for search in own:
-                search.add(start, sizes, lower, inside)
+                if search.add(start, base, model, room):
+                    raise job.not_finite(k)
+
+
+def _raw(job: Job, chosen: Sequence[int], start: int, stop: int) -> tuple[NDArray[Any], NDArray[Any]]:
+    """A chunk of the base and of the models; without a base, zeros, so that the deltas are the models."""
+    if job.base is not None:
+        base, models = job.read_raw(chosen, start, stop)
+        return as_array(base), as_array(models)
+    whole = job.workspace.get("deltas", len(chosen) * (stop - start)).view(len(chosen), -1)
+    for row, k in zip(whole, chosen, strict=True):
+        job.read_delta(k, None, start, stop, row)
+    return np.zeros(stop - start, np.float32), whole.numpy()
 
 
 def _take_histograms(job: Job, searches: Sequence[_Search]) -> None:
@@ -210,10 +253,11 @@ def _take_histograms(job: Job, searches: Sequence[_Search]) -> None:
     by_model = _models(searches)
     histograms = {k: np.zeros(1 << (32 - _BIN_SHIFT), dtype=np.int64) for k in by_model}
     for start, stop in job.ranges():
-        base = job.read_base(start, stop)
-        for k, histogram in histograms.items():
-            bins = _sizes(job, k, base, start, stop).view(np.uint32) >> np.uint32(_BIN_SHIFT)
-            histogram += np.bincount(bins, minlength=len(histogram))
+        base, models = _raw(job, list(by_model), start, stop)
+        room = job.workspace.get("sizes", stop - start).numpy()
+        for model, histogram in zip(models, histograms.values(), strict=True):
+            sizes(base, model, room)
+            histogram += np.bincount(room.view(np.uint32) >> np.uint32(_BIN_SHIFT), minlength=len(histogram))
     for k, own in by_model.items():
         up_to = np.cumsum(histograms[k])
         for search in own:

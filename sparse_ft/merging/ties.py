@@ -6,8 +6,8 @@
     merge   W = W_0 + lambda * sum_{k: sign = s} w_k delta_k' / sum_{k: sign = s} w_k
 
 The paper has no weights and divides by the number of deltas that agree: the same with equal weights. It trims the model
-as one vector; here each tensor is trimmed, as in every implementation in use. paper: round(d n) entries are kept;
-mergekit: max(1, int(d n)).
+as one vector, which `trim: model` of a configuration does; by default each tensor is trimmed, as in every
+implementation in use. paper: round(d n) entries are kept; mergekit: max(1, int(d n)).
 
 Source: Yadav et al. 2023, TIES-Merging, arXiv 2306.01708, section 3 and algorithm 1.
 """
@@ -16,11 +16,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
-from sparse_ft.merging.chunks import Job, MemoryOperand, Merge, keep_, operands, run_in_memory
+from sparse_ft.merging.chunks import Job, MemoryOperand, Merge, operands, run_in_memory
 from sparse_ft.merging.consensus import l1_scales, merge_deltas
+from sparse_ft.merging.kernels import drop_small
 from sparse_ft.merging.plan import Compatibility
 from sparse_ft.merging.thresholds import Wanted, find_cuts
 
@@ -70,7 +72,7 @@ class MagnitudeTrim:
         self._job = job
         trimmed = [k for k in job.present() if job.densities[k] < 1.0]
         cuts = find_cuts(job, [Wanted(k, self._count(job.densities[k]), True) for k in trimmed])
-        self._cuts = dict(zip(trimmed, cuts, strict=True))
+        self.cuts = dict(zip(trimmed, cuts, strict=True))
         self.scales: Sequence[float] = [1.0] * len(job.models)
         if job.rescale:
             self.scales = l1_scales(job, self)
@@ -82,9 +84,11 @@ class MagnitudeTrim:
 
     def __call__(self, k: int, delta: Tensor, start: int, stop: int) -> None:
         """Zero what is below the threshold of delta k."""
-        if k not in self._cuts:
-            return
-        sizes = torch.abs(delta, out=self._job.workspace.get("sizes", stop - start))
-        keep = self._job.workspace.bools("lower", stop - start)
-        self._cuts[k].largest(sizes.numpy(), start, keep)
-        keep_(delta, keep)
+        if k in self.cuts:
+            cut = self.cuts[k]
+            before = min(max(cut.position - start, 0), stop - start)
+            drop_small(delta.numpy(), np.float32(cut.value), before)
+
+    def keep(self, k: int, start: int, stop: int, out: NDArray[np.uint8]) -> bool:
+        """The cuts say it all."""
+        return False

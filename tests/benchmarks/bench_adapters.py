@@ -248,6 +248,8 @@ def main() -> None:
     if "lora" not in args.variants:
         parser.error("the variants must include lora, the reference")
     torch.set_num_threads(args.threads)
+    hidden = ("output", "seed")
+    protocol = {k: v for k, v in vars(args).items() if k not in hidden}
     rows: list[dict[str, Any]] = []
     for precision in args.precisions:
         args.precision, args.checkpointing = precision, False
@@ -256,9 +258,7 @@ def main() -> None:
             add_memory(measured, args)
         rows += measured.values()
         print_table(list(measured.values()))
-    hidden = ("output", "seed", "precision", "checkpointing")
-    protocol = {k: v for k, v in vars(args).items() if k not in hidden}
-    write_result(args.output, __file__, rows, protocol, [args.seed])
+        write_result(args.output, __file__, rows, protocol, [args.seed])
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
