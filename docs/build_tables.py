@@ -40,6 +40,7 @@ STEP = "adapters/step"
 DELTA_TASKS = ("delta/sst2", "delta/perplexity")
 DELTA_COSTS = ("delta/size", "delta/apply", "delta/stored_dtype")
 MERGES = "merging/quality"
+MERGE_SPEED = "merging/speed"
 
 # page of a method -> how the names in its rows begin (column `method`, `variant` or `model`)
 METHOD_PAGES: dict[str, tuple[str, ...]] = {
@@ -122,6 +123,7 @@ VIEWS: dict[str, Callable[[Sequence[Row]], list[Row]]] = {
     DELTA_COSTS[1]: delta_views.applied,
     DELTA_COSTS[2]: delta_views.stored,
     MERGES: delta_views.merges,
+    MERGE_SPEED: delta_views.merge_speed,
 }
 TITLES = {
     ONE_SHOT: "One-shot pruning",
@@ -135,6 +137,7 @@ TITLES = {
     DELTA_COSTS[1]: "A delta on a loaded bf16 model, beside a copy of all its weights",
     DELTA_COSTS[2]: "What storing a delta in bf16 loses",
     MERGES: "Two fine-tunes merged, perplexity on the domain of each",
+    MERGE_SPEED: "Merges of three fine-tunes, bf16, beside a copy and mergekit",
 }
 
 
@@ -340,6 +343,7 @@ def fragments(results: dict[str, Result], readme: str) -> Iterable[tuple[str, st
     yield "adapter_steps.md", file_fragment(results, STEP)
     yield from delta_fragments(results)
     yield "merging_quality.md", file_fragment(results, MERGES)
+    yield "merging_speed.md", file_fragment(results, MERGE_SPEED)
     yield "names.md", names_fragment()
     yield "commands.md", commands_fragment()
     yield "recipes.md", recipes_fragment()

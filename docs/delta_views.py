@@ -70,6 +70,32 @@ def merges(rows: Sequence[Row]) -> list[Row]:
     return [{**line, "excess": _signed(line.get("excess"))} for line in ordered]
 
 
+def merge_speed(rows: Sequence[Row]) -> list[Row]:
+    """One line per size and method: CPU seconds, beside a copy and mergekit, and memory."""
+    lines: list[Row] = []
+    for row in rows:
+        if row["runner"] == "mergekit":
+            continue
+        peer = next((r for r in rows if (r["runner"], r["size_b"], r["method"]) == _peer_of(row)), None)
+        lines.append(
+            {
+                "parameters": f"{row['size_b']:g} B",
+                "merge": row["method"] or "read all, write one",
+                "CPU s": f"{row['cpu_s']:.2f}",
+                "of a copy's": f"{row['cpu_ratio']:.2f}",
+                "MB beyond imports": round(row["beyond_imports_mb"]),
+                "mergekit, CPU s / MB": f"{peer['process_cpu_s']:.1f} / {peer['peak_mb']:.0f}" if peer else None,
+                "ours, whole process": f"{row['process_cpu_s']:.1f} / {row['peak_mb']:.0f}" if peer else None,
+                "times faster": f"{row['faster_than_mergekit']:.1f}" if peer else None,
+            }
+        )
+    return lines
+
+
+def _peer_of(row: Row) -> tuple[str, float, str]:
+    return ("mergekit", row["size_b"], row["method"])
+
+
 def _signed(value: float | None) -> str | None:
     return None if value is None else f"{value:+.3f}"
 

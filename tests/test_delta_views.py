@@ -83,6 +83,28 @@ def test_merges_join_seeds_and_come_in_order(views: ModuleType) -> None:
     assert lines[2]["sentences"] == 51.0 and lines[2]["excess"] == "+0.300"
 
 
+def test_the_speed_of_a_merge_stands_beside_its_own_peer(views: ModuleType) -> None:
+    ours = {
+        "size_b": 0.35,
+        "runner": "sparse_ft",
+        "cpu_s": 2.0,
+        "cpu_ratio": 1.5,
+        "process_cpu_s": 4.0,
+        "peak_mb": 390.0,
+    }
+    ours |= {"beyond_imports_mb": 8.0, "faster_than_mergekit": 4.0}
+    rows = [
+        {**ours, "runner": "copy", "method": ""},
+        {**ours, "method": "ties"},
+        {"size_b": 0.35, "runner": "mergekit", "method": "ties", "process_cpu_s": 16.0, "peak_mb": 1500.0},
+        {"size_b": 0.1, "runner": "mergekit", "method": "dare_ties", "process_cpu_s": 9.0, "peak_mb": 1500.0},
+        {**ours, "method": "dare_ties"},
+    ]
+    lines = views.merge_speed(rows)
+    assert [line["merge"] for line in lines] == ["read all, write one", "ties", "dare_ties"]
+    assert [line["mergekit, CPU s / MB"] for line in lines] == [None, "16.0 / 1500", None], "the same size and method"
+
+
 def test_sizes_are_shares_of_the_model_with_the_plainer_encodings_last(views: ModuleType) -> None:
     plain = {"with_int32_index_of_model": 0.03, "with_bitmask_of_model": 0.0725, "kept": 1}
     rows = [

@@ -6,7 +6,8 @@
 
 Base and three variants are random bf16 Llamas in files of 200 MB; a variant is the base plus noise, rounded to bf16 as
 a fine-tune is. Every run is a process of its own; runners alternate, medians and ratios of one invocation are shown.
-The floor reads every tensor of all models and writes one model, through safetensors.
+The floor reads every tensor of all models and writes one model, through safetensors. Ratios to it are of CPU seconds
+after the imports; of mergekit the CPU seconds of the whole process are known, and compared with those of ours.
 """
 
 from __future__ import annotations
@@ -126,7 +127,13 @@ def run_mergekit(python: str, directory: Path, method: str, variants: int) -> di
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     shutil.rmtree(output)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return {"cpu_s": cpu, "wall_s": time.perf_counter() - wall, "peak_mb": after.ru_maxrss * 1024 / 1e6}
+    return {"wall_s": time.perf_counter() - wall, "process_cpu_s": cpu, "peak_mb": after.ru_maxrss * 1024 / 1e6}
+
+
+def mergekit_version(python: str) -> str:
+    """Of an interpreter's venv."""
+    code = "import importlib.metadata as m; print(m.version('mergekit'))"
+    return subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
 
 
 def measure(directory: Path, size: str, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -144,21 +151,28 @@ def measure(directory: Path, size: str, args: argparse.Namespace) -> list[dict[s
     floor = statistics.median(row["cpu_s"] for row in runs["copy", ""])
     rows = []
     for (runner, method), results in runs.items():
-        row = {"size_b": float(size), "runner": runner, "method": method}
+        row: dict[str, Any] = {"size_b": float(size), "runner": runner, "method": method}
         row |= {key: round(statistics.median(r[key] for r in results), 3) for key in results[0]}
-        rows.append({**row, "cpu_ratio": round(row["cpu_s"] / floor, 3)})
+        if "cpu_s" in row:
+            row["cpu_ratio"] = round(row["cpu_s"] / floor, 3)
+        peer = runs.get(("mergekit", method))
+        if runner == "sparse_ft" and peer:
+            theirs = statistics.median(r["process_cpu_s"] for r in peer)
+            row["faster_than_mergekit"] = round(theirs / row["process_cpu_s"], 2)
+        rows.append(row)
     return rows
 
 
 def show(rows: list[dict[str, Any]]) -> None:
     """The table."""
-    print("size B, runner, method, CPU s, ratio to the floor, wall s, peak MB, MB beyond imports")
+    columns = {
+        "cpu_s": "CPU s", "cpu_ratio": "of floor", "process_cpu_s": "whole CPU s", "faster_than_mergekit": "x mergekit",
+        "wall_s": "wall s", "peak_mb": "peak MB", "beyond_imports_mb": "beyond imports MB",
+    }  # fmt: skip
+    print(f"{'B':>5} {'runner':<10} {'method':<16} " + " ".join(f"{title:>12}" for title in columns.values()))
     for row in rows:
-        beyond = row.get("beyond_imports_mb")
-        print(
-            f"{row['size_b']:>5} {row['runner']:<10} {row['method']:<16} {row['cpu_s']:>8.2f} {row['cpu_ratio']:>6.2f} "
-            f"{row['wall_s']:>8.2f} {row['peak_mb']:>8.0f} {'' if beyond is None else f'{beyond:.0f}':>15}"
-        )
+        cells = " ".join(f"{row.get(column, ''):>12}" for column in columns)
+        print(f"{row['size_b']:>5} {row['runner']:<10} {row['method']:<16} {cells}")
 
 
 def main() -> None:
@@ -171,9 +185,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--with-peers", metavar="PYTHON", help="interpreter of a venv that has mergekit")
     parser.add_argument("--directory", type=Path, help="where models are made and kept; temporary by default")
-    parser.add_argument("--output", type=Path, help="JSON file of the result")
+    parser.add_argument("--output", type=Path, default=ROOT / "docs/results/merging/speed.json", help="JSON file")
     args = parser.parse_args()
-    rows = []
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as temporary:
         for size in args.sizes:
             directory = (args.directory or Path(temporary)) / f"llama_{size}"
@@ -183,9 +197,10 @@ def main() -> None:
             if args.directory is None:
                 shutil.rmtree(directory)
     show(rows)
-    if args.output is not None:
-        protocol = {"variants": args.variants, "repeats": args.repeats, "threads": args.threads, "delta": DELTA}
-        write_result(args.output, script=Path(__file__), protocol=protocol, seeds=[0], rows=rows)
+    protocol = {"variants": args.variants, "repeats": args.repeats, "threads": args.threads, "delta": DELTA}
+    if args.with_peers:
+        protocol["mergekit"] = mergekit_version(args.with_peers)
+    write_result(args.output, script=__file__, protocol=protocol, seeds=[0], rows=rows)
 
 
 if __name__ == "__main__":
