@@ -100,8 +100,10 @@ class _Models:
 
     def histograms(self, inside: Mapping[int, int | None]) -> dict[int, NDArray[np.int64]]:
         """How often each value of the leading bits occurs, per model; of the trailing ones, inside a leading value."""
+        total = {model: np.zeros(_BINS, np.int64) for model in inside}
+        adding = threading.Lock()
 
-        def of_tensor(tensor: TensorPlan) -> dict[int, NDArray[np.int64]]:
+        def of_tensor(tensor: TensorPlan) -> None:
             found = {model: np.zeros(_BINS, np.int64) for model in inside if _has(tensor, model)}
 
             def look(model: int, bits: NDArray[np.uint32]) -> None:
@@ -113,12 +115,11 @@ class _Models:
                 found[model] += np.bincount(bits, minlength=_BINS)
 
             self._look(tensor, look)
-            return found
+            with adding:  # at once: histograms of all tensors would be as large as a model
+                for model, histogram in found.items():
+                    total[model] += histogram
 
-        total = {model: np.zeros(_BINS, np.int64) for model in inside}
-        for found in self._map(of_tensor).values():
-            for model, histogram in found.items():
-                total[model] += histogram
+        self._map(of_tensor)
         return total
 
     def counts(self, values: Mapping[int, int]) -> dict[str, dict[int, tuple[int, int]]]:

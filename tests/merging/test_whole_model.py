@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from merging import merge_formulas as formulas
 from merging.checkpoints import merge, prepare, read, write
 from torch import Tensor
 
-from sparse_ft.merging import chunks
+from sparse_ft.merging import chunks, whole_model
 from sparse_ft.merging.whole_model import trim_whole_models
 
 TEXT = """
@@ -78,6 +79,21 @@ def test_counts_are_exact_for_any_threads_and_rounded_once(place: Path) -> None:
         ]
         assert sum(map(round, counts)) == round(density * total)
         assert all(abs(count - round(count)) < 1e-6 for count in counts)
+
+
+def test_what_is_held_does_not_grow_with_the_number_of_tensors(tmp_path: Path) -> None:
+    for seed, name in enumerate(("base", "a", "b")):
+        generator = torch.Generator().manual_seed(seed)
+        write(tmp_path / name, {f"model.layers.{i}.w": torch.randn(3, generator=generator) for i in range(60)})
+    plan = prepare(tmp_path, TEXT % (0.2, 0.4, "model")).planned.plan
+    histogram = whole_model._BINS * 8
+    tracemalloc.start()
+    try:
+        trim_whole_models(plan, 2)
+        most = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert most < 24 * histogram, f"{most / histogram:.0f} histograms at once, of 60 tensors of two models"
 
 
 def test_a_tensor_alone_is_the_model(tmp_path: Path) -> None:
