@@ -16,6 +16,7 @@ from sparse_ft.checkpoints import (
     copy_side_files,
     resolve_checkpoint,
 )
+from sparse_ft.deltas.checks import check_scale
 from sparse_ft.deltas.delta_header import Part
 from sparse_ft.deltas.entries import add_kept
 from sparse_ft.deltas.fingerprint import base_digest
@@ -46,13 +47,17 @@ def apply_checkpoint(
         progress: show a progress bar.
 
     Raises:
-        ValueError: if the base is another one, or the output is one of the inputs.
+        ValueError: if the base is another one, the output is one of the inputs, or scale or dtype is none for weights.
         FileNotFoundError: if one of the inputs is not there.
         RuntimeError: if the disk is full; nothing is written then.
 
     Example:
         >>> apply_checkpoint("base", "delta", "restored")
     """
+    if scale is not None:
+        check_scale(scale)
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"dtype is {dtype}, but weights are floating point; give float32, bfloat16 or float16.")
     output = check_output_dir(output_dir, inputs=[base, delta], overwrite=overwrite)
     source, file = resolve_checkpoint(base), DeltaFile(delta)
     reader = CheckpointReader(source)

@@ -30,6 +30,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from sparse_ft.deltas.checks import check_scale
 from sparse_ft.deltas.delta_header import Header, Part
 from sparse_ft.deltas.entries import add_entries, add_kept, has_loop, put_entries
 from sparse_ft.deltas.fingerprint import base_digest
@@ -62,7 +63,7 @@ class Delta:
     """A delta held in memory, to be applied to loaded models.
 
     Args:
-        file: the delta on disk. Kept entries are read when they are first used.
+        file: the delta on disk. Values are read now; which entries they belong to is found at first use.
 
     Attributes:
         header: method, density, scale, seed and what is said of each tensor.
@@ -118,9 +119,12 @@ class Delta:
             check_base: refuse weights other than those the delta was taken from. Turn it off to add a second delta.
 
         Raises:
-            ValueError: if the model lacks a tensor, has another shape, or holds another base; nothing is changed then.
+            ValueError: if the model lacks a tensor, has another shape, or holds another base, or the scale is not
+                positive; nothing is changed then.
             RuntimeError: if the delta is applied already.
         """
+        if scale is not None:
+            check_scale(scale)
         if self.is_applied(model):
             raise RuntimeError("This delta is applied to the model already; subtract it first.")
         live = live_tensors(model, self.header)
@@ -155,7 +159,7 @@ class Delta:
         next ones."""
         for name, values in self._values.items():
             self._index(name, torch.device(device))
-            room = torch.zeros(len(values), dtype=self.header.tensors[name].torch_dtype, device=device)
+            room = torch.empty(len(values), dtype=self.header.tensors[name].torch_dtype, device=device)
             if has_loop(room):
                 self._room.setdefault(name, room.fill_(0))  # memory is there once it was written to
 

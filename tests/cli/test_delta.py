@@ -171,6 +171,8 @@ def test_other_refusals(place: Path, command: Command) -> None:
     )
     wrong = ["delta", "apply", place / "delta", "--base", place / "tuned", "--output_dir", place / "x"]
     refused(command, place, *wrong, naming=("digest",))
+    right = ["delta", "apply", place / "delta", "--base", place / "base", "--output_dir", place / "x"]
+    refused(command, place, *right, "--scale=-0.1", naming=("scale", "-0.1"))
     file = place / "delta" / DELTA_FILE
     file.write_bytes(file.read_bytes()[:-9])
     refused(command, place, "delta", "info", place / "delta", naming=("truncated",))

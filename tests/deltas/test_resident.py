@@ -241,6 +241,23 @@ def test_a_scale_of_ones_own(tmp_path: Path) -> None:
     assert_same(model, state(load_model(tmp_path / "out")))
 
 
+@pytest.mark.parametrize("scale", [0.0, -0.5, float("nan"), float("inf")])
+def test_a_scale_that_nothing_can_be_divided_by_is_refused_before_any_work(scale: float, tmp_path: Path) -> None:
+    base, tuned = save_models(tmp_path, "llama")
+    extract_delta(base, tuned, tmp_path / "delta", Settings(density=0.2), progress=False)
+    model, delta = load_model(base), Delta.load(tmp_path / "delta")
+    before = state(model)
+    with pytest.raises(ValueError, match="scale is"):
+        delta.apply(model, scale=scale)
+    assert_same(model, before)
+    assert not delta.is_applied(model)
+    with pytest.raises(ValueError, match="scale is"):
+        apply_checkpoint(base, tmp_path / "delta", tmp_path / "out", scale=scale, progress=False)
+    with pytest.raises(ValueError, match=r"dtype is torch\.int8"):
+        apply_checkpoint(base, tmp_path / "delta", tmp_path / "out", dtype=torch.int8, progress=False)
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "tuned0", "delta"}
+
+
 def test_weights_changed_after_apply_are_not_overwritten(tmp_path: Path) -> None:
     base, tuned = save_models(tmp_path, "llama")
     extract_delta(base, tuned, tmp_path / "delta", Settings(density=0.2), progress=False)
