@@ -198,7 +198,8 @@ def delta_fragments(results: dict[str, Result]) -> Iterable[tuple[str, str]]:
     for key in DELTA_TASKS:
         name, rows = key.replace("/", "_"), results.get(key, {"rows": []})["rows"]
         yield f"{name}.md", file_fragment(results, key)
-        yield f"{name}_findings.md", delta_views.findings(rows)
+        for page in delta_views.COMPARISONS:
+            yield f"{name}_findings_{page}.md", delta_views.findings(rows, page)
         yield f"{name}_scales.md", (table(delta_views.scales(rows)) if rows else "No scale was searched.") + "\n"
         alone = section(key, results[key], delta_views.adamr(rows)) if rows else file_fragment(results, key)
         yield f"{name}_adamr.md", alone

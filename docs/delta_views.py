@@ -6,14 +6,34 @@ deviation. Numbers, and the sentences about what is above what, are computed fro
 
 from __future__ import annotations
 
+import math
+import math
 import statistics
 from collections.abc import Sequence
 
 from table_text import Row, cell
 
 REFERENCES = ("base", "fine-tuned")
-DARE, LABELS, L2, MAGNITUDE = "DARE", "DAREx-q, global, labels", "DAREx-L2", "MP (magnitude)"
+DARE, L2 = "DARE", "DAREx-L2"
 NOISE = 2.0  # standard errors of a difference that count as one
+# page -> the methods it is about, what each is compared with (DARE: after AdamW), and what a sentence calls the two
+COMPARISONS = {
+    "darex_q": (
+        ("DAREx-q, global, labels", DARE, "against DARE, one q searched with labels"),
+        ("DAREx-q, global, no labels", DARE, "against DARE, one q searched without labels"),
+        ("DAREx-q, per layer, labels", DARE, "against DARE, a q per layer searched with labels"),
+        ("DAREx-q, per layer, no labels", DARE, "against DARE, a q per layer searched without labels"),
+        ("closed form, MSE", DARE, "against DARE, the closed form of the squared error"),
+        ("closed form, eta 0.4", DARE, "against DARE, the closed form with eta 0.4"),
+        ("DAREx-L2 + DAREx-q, labels", L2, "against DARE, one q searched with labels"),
+        ("DAREx-L2 + DAREx-q, no labels", L2, "against DARE, one q searched without labels"),
+    ),
+    "adamr": ((L2, DARE, "against DARE after AdamW, DARE after AdamR"),),
+    "importance": (
+        ("MP (magnitude)", DARE, "against DARE, magnitude"),
+        ("Wanda on the delta", DARE, "against DARE, Wanda"),
+    ),
+}
 
 
 # -- tables ------------------------------------------------------------------------------------------------------------
@@ -159,33 +179,53 @@ def with_spread(row: Row, metric: str) -> str:
 # -- sentences ---------------------------------------------------------------------------------------------------------
 
 
-def findings(rows: Sequence[Row]) -> str:
-    """What the rows say of the paper's claims: the search beside DARE, AdamR beside AdamW, the large delta."""
+def findings(rows: Sequence[Row], page: str) -> str:
+    """What the rows say of the claims on a page, a key of `COMPARISONS`: one sentence per fine-tune and method."""
     if not rows:
         return "No measurement is in `docs/results/delta`.\n"
     metric = metric_of(rows)
     by_key = {(r["task"], r["training"], r["method"], r.get("drop_rate")): r for r in rows}
     sentences = []
-    for (task, training, method, p), row in by_key.items():
-        other: Row | None = None
-        if method == LABELS:
-            other, what = by_key.get((task, training, DARE, p)), "a searched q, with labels"
-        elif method == L2 and p is not None:
-            other, what = by_key.get((task, training.replace("AdamR", "AdamW"), DARE, p)), "AdamR before DARE"
-        elif method == MAGNITUDE:
-            other, what = by_key.get((task, training, DARE, p)), "keeping the largest entries"
-        if other is not None:
-            name = f"{task}, {training}" if len({r["task"] for r in rows}) > 1 else training
-            sentences.append(f"* {name}, p = {p:g}: {what} gives {_compared(row, other, metric)}.")
+    for task, training in dict.fromkeys((row["task"], row["training"]) for row in rows):
+        for method, other, called in COMPARISONS[page]:
+            where = training.replace("AdamR", "AdamW") if other == DARE else training
+            pairs = [
+                (row, by_key[task, where, other, p])
+                for (*key, p), row in by_key.items()
+                if key == [task, training, method] and (task, where, other, p) in by_key
+            ]
+            if pairs:
+                name = f"{task}, {training}" if len({r["task"] for r in rows}) > 1 else training
+                sentences.append(f"* {name}: {called} is {_verdicts(pairs, metric)}.")
     return "\n".join(sentences) + "\n" if sentences else "The rows that are compared are not measured yet.\n"
 
 
-def _compared(row: Row, other: Row, metric: str) -> str:
-    """`0.575 ± 0.01, better than DARE's 0.519 ± 0.01`; equal within two standard errors."""
-    better = row[metric] - other[metric] if metric == "accuracy" else other[metric] - row[metric]
-    error = sum((r.get(f"{metric}_sd") or 0.0) ** 2 / max(r.get("masks") or 1, 1) for r in (row, other)) ** 0.5
-    word = "as good as" if abs(better) <= NOISE * error else "better than" if better > 0 else "worse than"
-    return f"{with_spread(row, metric)}, {word} plain DARE's {with_spread(other, metric)}"
+def _verdicts(pairs: Sequence[tuple[Row, Row]], metric: str) -> str:
+    """`better at p = 0.99 (0.575 ± 0.010 against 0.519 ± 0.010), as good at p = 0.9`, the first one with `than`."""
+    found: dict[str, list[str]] = {}
+    for row, other in pairs:
+        word = compared(row, other, metric)
+        numbers = f" ({with_spread(row, metric)} against {with_spread(other, metric)})"
+        found.setdefault(word, []).append(f"p = {row['drop_rate']:g}{'' if word == 'as good' else numbers}")
+    return "; ".join(
+        f"{word} at {' and '.join(found[word])}" for word in ("better", "worse", "as good") if word in found
+    )
+
+
+def compared(row: Row, other: Row, metric: str) -> str:
+    """`better`, `worse` or, within two standard errors, `as good`. Perplexities are compared by their logarithms."""
+    (value, error), (against, error_against) = _score(row, metric), _score(other, metric)
+    if abs(value - against) <= NOISE * math.hypot(error, error_against):
+        return "as good"
+    return "better" if value > against else "worse"
+
+
+def _score(row: Row, metric: str) -> tuple[float, float]:
+    """A number that is the larger the better, and its standard error over masks."""
+    values = row.get("values") or [row[metric]]
+    scores = [value if metric == "accuracy" else -math.log(value) for value in values]
+    error = statistics.stdev(scores) / len(scores) ** 0.5 if len(scores) > 1 else 0.0
+    return statistics.fmean(scores), error
 
 
 def adamr(rows: Sequence[Row]) -> list[Row]:

@@ -27,7 +27,9 @@ def views() -> Iterator[ModuleType]:
 
 def row(training: str, method: str, p: float | None, value: float, sd: float | None = None, **more: Any) -> Any:
     cell = {"task": "sst2", "training": training, "method": method, "drop_rate": p, "accuracy": value}
-    return {**cell, "accuracy_sd": sd, "masks": 4 if sd else 1, **more}
+    reach = (sd or 0.0) * 0.75**0.5  # four values around the mean whose standard deviation is sd
+    values = [value - reach, value - reach, value + reach, value + reach] if sd else [value]
+    return {**cell, "accuracy_sd": sd, "masks": len(values), "values": values, **more}
 
 
 ROWS = [
@@ -63,6 +65,15 @@ def test_findings_compare_with_dare_beyond_two_standard_errors(views: ModuleType
         del r["accuracy"], r["accuracy_sd"]
     assert "0.57, better than plain DARE's" in views.findings(perplexities), "a lower perplexity is better"
     assert "No measurement" in views.findings([])
+
+
+def test_perplexities_are_compared_by_their_logarithms(views: ModuleType) -> None:
+    """Plain DARE at p = 0.999 scatters over tens of orders of magnitude, which must not make everything equal to it."""
+    wild = {"values": [1e40, 1e50, 1e52, 1e53], "perplexity": 3e52, "perplexity_sd": 5e52, "masks": 4}
+    tame = {"values": [500.0, 520.0, 540.0, 560.0], "perplexity": 530.0, "perplexity_sd": 26.0, "masks": 4}
+    cell = {"task": "text", "training": "AdamW, 0.0001", "drop_rate": 0.999}
+    rows = [{**cell, "method": "DARE", **wild}, {**cell, "method": "DAREx-q, global, labels", **tame}]
+    assert "better than plain DARE's" in views.findings(rows)
 
 
 def test_the_page_of_adamr_shows_the_same_learning_rates_only(views: ModuleType) -> None:
