@@ -145,7 +145,7 @@ def measure(directory: Path, size: str, args: argparse.Namespace) -> list[dict[s
         runs.setdefault(("copy", ""), []).append(run([*script, "copy", *common]))
         for method in args.methods:
             runs.setdefault(("sparse_ft", method), []).append(run([*script, "ours", *common, "--method", method]))
-            if args.with_peers:
+            if args.with_peers and size in args.peer_sizes:
                 peer = run_mergekit(args.with_peers, directory, method, args.variants)
                 runs.setdefault(("mergekit", method), []).append(peer)
     floor = statistics.median(row["cpu_s"] for row in runs["copy", ""])
@@ -184,6 +184,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--with-peers", metavar="PYTHON", help="interpreter of a venv that has mergekit")
+    parser.add_argument("--peer_sizes", nargs="+", default=["0.35"], help="sizes at which mergekit runs too")
     parser.add_argument("--directory", type=Path, help="where models are made and kept; temporary by default")
     parser.add_argument("--output", type=Path, default=ROOT / "docs/results/merging/speed.json", help="JSON file")
     args = parser.parse_args()
