@@ -199,7 +199,8 @@ def delta_fragments(results: dict[str, Result]) -> Iterable[tuple[str, str]]:
         name, rows = key.replace("/", "_"), results.get(key, {"rows": []})["rows"]
         yield f"{name}.md", file_fragment(results, key)
         for page in delta_views.COMPARISONS:
-            yield f"{name}_findings_{page}.md", delta_views.findings(rows, page)
+            lines = delta_views.findings(rows, page)
+            yield f"{name}_findings_{page}.md", (table(lines) if lines else "Nothing of this is measured yet.") + "\n"
         yield f"{name}_scales.md", (table(delta_views.scales(rows)) if rows else "No scale was searched.") + "\n"
         alone = section(key, results[key], delta_views.adamr(rows)) if rows else file_fragment(results, key)
         yield f"{name}_adamr.md", alone

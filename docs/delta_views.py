@@ -1,12 +1,11 @@
 """What the pages show of pruned deltas and of merges: one line per method, one column per drop rate or text.
 
 Rows of `delta/*.json` are cells of task, training, method and drop rate, the mean over mask seeds beside its standard
-deviation. Numbers, and the sentences about what is above what, are computed from the rows.
+deviation. Numbers, and the words about what is above what, are computed from the rows.
 """
 
 from __future__ import annotations
 
-import math
 import math
 import statistics
 from collections.abc import Sequence
@@ -16,23 +15,20 @@ from table_text import Row, cell
 REFERENCES = ("base", "fine-tuned")
 DARE, L2 = "DARE", "DAREx-L2"
 NOISE = 2.0  # standard errors of a difference that count as one
-# page -> the methods it is about, what each is compared with (DARE: after AdamW), and what a sentence calls the two
+# page -> the methods it is about, what each is compared with (DARE: after AdamW), and what a line calls that
 COMPARISONS = {
     "darex_q": (
-        ("DAREx-q, global, labels", DARE, "against DARE, one q searched with labels"),
-        ("DAREx-q, global, no labels", DARE, "against DARE, one q searched without labels"),
-        ("DAREx-q, per layer, labels", DARE, "against DARE, a q per layer searched with labels"),
-        ("DAREx-q, per layer, no labels", DARE, "against DARE, a q per layer searched without labels"),
-        ("closed form, MSE", DARE, "against DARE, the closed form of the squared error"),
-        ("closed form, eta 0.4", DARE, "against DARE, the closed form with eta 0.4"),
-        ("DAREx-L2 + DAREx-q, labels", L2, "against DARE, one q searched with labels"),
-        ("DAREx-L2 + DAREx-q, no labels", L2, "against DARE, one q searched without labels"),
+        ("DAREx-q, global, labels", DARE, "DARE"),
+        ("DAREx-q, global, no labels", DARE, "DARE"),
+        ("DAREx-q, per layer, labels", DARE, "DARE"),
+        ("DAREx-q, per layer, no labels", DARE, "DARE"),
+        ("closed form, MSE", DARE, "DARE"),
+        ("closed form, eta 0.4", DARE, "DARE"),
+        ("DAREx-L2 + DAREx-q, labels", L2, "DAREx-L2"),
+        ("DAREx-L2 + DAREx-q, no labels", L2, "DAREx-L2"),
     ),
-    "adamr": ((L2, DARE, "against DARE after AdamW, DARE after AdamR"),),
-    "importance": (
-        ("MP (magnitude)", DARE, "against DARE, magnitude"),
-        ("Wanda on the delta", DARE, "against DARE, Wanda"),
-    ),
+    "adamr": ((L2, DARE, "DARE after AdamW"),),
+    "importance": (("MP (magnitude)", DARE, "DARE"), ("Wanda on the delta", DARE, "DARE")),
 }
 
 
@@ -176,40 +172,39 @@ def with_spread(row: Row, metric: str) -> str:
     return show(row[metric]) + ("" if spread is None else f" ± {show(spread)}")
 
 
-# -- sentences ---------------------------------------------------------------------------------------------------------
+# -- comparisons -------------------------------------------------------------------------------------------------------
 
 
-def findings(rows: Sequence[Row], page: str) -> str:
-    """What the rows say of the claims on a page, a key of `COMPARISONS`: one sentence per fine-tune and method."""
-    if not rows:
-        return "No measurement is in `docs/results/delta`.\n"
+def findings(rows: Sequence[Row], page: str) -> list[Row]:
+    """How the methods of a page, a key of `COMPARISONS`, compare: a line per fine-tune, a column per rate."""
     metric = metric_of(rows)
     by_key = {(r["task"], r["training"], r["method"], r.get("drop_rate")): r for r in rows}
-    sentences = []
+    rates = sorted({row["drop_rate"] for row in rows if row.get("drop_rate") is not None})
+    lines = []
     for task, training in dict.fromkeys((row["task"], row["training"]) for row in rows):
-        for method, other, called in COMPARISONS[page]:
+        base = by_key.get((task, training, "base", None))
+        for method, other, against in COMPARISONS[page]:
             where = training.replace("AdamR", "AdamW") if other == DARE else training
-            pairs = [
-                (row, by_key[task, where, other, p])
-                for (*key, p), row in by_key.items()
-                if key == [task, training, method] and (task, where, other, p) in by_key
-            ]
-            if pairs:
-                name = f"{task}, {training}" if len({r["task"] for r in rows}) > 1 else training
-                sentences.append(f"* {name}: {called} is {_verdicts(pairs, metric)}.")
-    return "\n".join(sentences) + "\n" if sentences else "The rows that are compared are not measured yet.\n"
+            line: Row = {"text": task} if len({row["task"] for row in rows}) > 1 else {}
+            line |= {"fine-tuned with": training, "method": method, "beside": against}
+            for p in rates:
+                row, reference = by_key.get((task, training, method, p)), by_key.get((task, where, other, p))
+                if row is not None and reference is not None:
+                    line[f"p = {p:g}"] = _verdict(row, reference, base, metric)
+            if len(line) > len({"text", "fine-tuned with", "method", "beside"} & line.keys()):
+                lines.append(line)
+    return lines
 
 
-def _verdicts(pairs: Sequence[tuple[Row, Row]], metric: str) -> str:
-    """`better at p = 0.99 (0.575 ± 0.010 against 0.519 ± 0.010), as good at p = 0.9`, the first one with `than`."""
-    found: dict[str, list[str]] = {}
-    for row, other in pairs:
-        word = compared(row, other, metric)
-        numbers = f" ({with_spread(row, metric)} against {with_spread(other, metric)})"
-        found.setdefault(word, []).append(f"p = {row['drop_rate']:g}{'' if word == 'as good' else numbers}")
-    return "; ".join(
-        f"{word} at {' and '.join(found[word])}" for word in ("better", "worse", "as good") if word in found
-    )
+def _verdict(row: Row, other: Row, base: Row | None, metric: str) -> str:
+    """`better: 0.575 against 0.519`; what is better and yet not above the model without any delta says so."""
+    word = compared(row, other, metric)
+    if word == "as good":
+        return word
+    show = (lambda value: f"{value:.3f}") if metric == "accuracy" else cell
+    lost = base is not None and _score(row, metric)[0] <= _score(base, metric)[0]
+    numbers = f"{word}: {show(row[metric])} against {show(other[metric])}"
+    return f"{numbers} (base {show(base[metric])})" if base is not None and lost and word == "better" else numbers
 
 
 def compared(row: Row, other: Row, metric: str) -> str:

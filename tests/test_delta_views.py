@@ -55,25 +55,32 @@ def test_one_line_per_method_one_column_per_drop_rate(views: ModuleType) -> None
 
 
 def test_findings_compare_with_dare_beyond_two_standard_errors(views: ModuleType) -> None:
-    text = views.findings(ROWS)
-    assert "p = 0.99: a searched q, with labels gives 0.660 ± 0.010, as good as" in text
-    assert "p = 0.999: a searched q, with labels gives 0.575 ± 0.010, better than" in text
-    assert "keeping the largest entries gives 0.570, worse than" in text
-    assert "AdamR, 0.0001, p = 0.99: AdamR before DARE gives 0.700 ± 0.010, better than plain DARE's 0.658" in text
-    perplexities = [{**r, "perplexity": r["accuracy"], "perplexity_sd": r["accuracy_sd"]} for r in ROWS]
-    for r in perplexities:
-        del r["accuracy"], r["accuracy_sd"]
-    assert "0.57, better than plain DARE's" in views.findings(perplexities), "a lower perplexity is better"
-    assert "No measurement" in views.findings([])
+    (searched,) = views.findings(ROWS, "darex_q")
+    assert searched["method"] == "DAREx-q, global, labels" and searched["beside"] == "DARE"
+    assert searched["p = 0.99"] == "as good" and searched["p = 0.999"] == "better: 0.575 against 0.519"
+    (ranked,) = views.findings(ROWS, "importance")
+    assert ranked["p = 0.99"] == "worse: 0.570 against 0.658" and "p = 0.999" not in ranked
+    (pulled,) = views.findings(ROWS, "adamr")
+    assert pulled["fine-tuned with"] == "AdamR, 0.0001" and pulled["p = 0.99"] == "better: 0.700 against 0.658"
+    assert views.findings([], "adamr") == []
+
+
+def test_what_is_better_but_not_above_the_base_says_so(views: ModuleType) -> None:
+    lost = [row("AdamW, 0.0001", "base", None, 0.6), *ROWS]
+    assert views.findings(lost, "darex_q")[0]["p = 0.999"] == "better: 0.575 against 0.519 (base 0.600)"
 
 
 def test_perplexities_are_compared_by_their_logarithms(views: ModuleType) -> None:
-    """Plain DARE at p = 0.999 scatters over tens of orders of magnitude, which must not make everything equal to it."""
-    wild = {"values": [1e40, 1e50, 1e52, 1e53], "perplexity": 3e52, "perplexity_sd": 5e52, "masks": 4}
-    tame = {"values": [500.0, 520.0, 540.0, 560.0], "perplexity": 530.0, "perplexity_sd": 26.0, "masks": 4}
-    cell = {"task": "text", "training": "AdamW, 0.0001", "drop_rate": 0.999}
-    rows = [{**cell, "method": "DARE", **wild}, {**cell, "method": "DAREx-q, global, labels", **tame}]
-    assert "better than plain DARE's" in views.findings(rows)
+    """One mask of four that ruins the model makes the deviation as large as the mean."""
+
+    def perplexities(method: str, *values: float) -> Any:
+        mean = sum(values) / len(values)
+        return {**row("AdamW", method, 0.999, 0.0), "perplexity": mean, "perplexity_sd": mean, "values": list(values)}
+
+    rows = [perplexities("DARE", 1e30, 1e33, 1e31, 1e40), perplexities("DAREx-q, global, labels", 500, 510, 490, 505)]
+    for one in rows:
+        del one["accuracy"], one["accuracy_sd"]
+    assert views.findings(rows, "darex_q")[0]["p = 0.999"] == "better: 501.2 against 2.5e+39"
 
 
 def test_the_page_of_adamr_shows_the_same_learning_rates_only(views: ModuleType) -> None:
