@@ -41,6 +41,7 @@ DELTA_TASKS = ("delta/sst2", "delta/perplexity")
 DELTA_COSTS = ("delta/size", "delta/apply", "delta/stored_dtype")
 MERGES = "merging/quality"
 MERGE_SPEED = "merging/speed"
+FIRST_USE = "merging/first_use"
 
 # page of a method -> how the names in its rows begin (column `method`, `variant` or `model`)
 METHOD_PAGES: dict[str, tuple[str, ...]] = {
@@ -138,6 +139,7 @@ TITLES = {
     DELTA_COSTS[2]: "What storing a delta in bf16 loses",
     MERGES: "Two fine-tunes merged, perplexity on the domain of each",
     MERGE_SPEED: "Merges of three fine-tunes, bf16, beside a copy and mergekit",
+    FIRST_USE: "Compiled loops when they are first used, and when they are there",
 }
 
 
@@ -346,6 +348,7 @@ def fragments(results: dict[str, Result], readme: str) -> Iterable[tuple[str, st
     yield from delta_fragments(results)
     yield "merging_quality.md", file_fragment(results, MERGES)
     yield "merging_speed.md", file_fragment(results, MERGE_SPEED)
+    yield "merging_first_use.md", file_fragment(results, FIRST_USE)
     yield "names.md", names_fragment()
     yield "commands.md", commands_fragment()
     yield "recipes.md", recipes_fragment()
