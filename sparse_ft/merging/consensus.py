@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from types import MappingProxyType
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sparse_ft.merging.chunks import Job, Merge, Patch, as_array, no_second_look
-from sparse_ft.merging.kernels import Deltas, Election, elected_sum, weighted_sum
+from sparse_ft.merging.kernels import Deltas, Election, drop, drop_small, elected_sum, weighted_sum
 from sparse_ft.merging.thresholds import Cut
 
 _LEAST_DIVISOR = 1e-6
@@ -34,31 +33,33 @@ class Sparsify(Protocol):
         """Zero the dropped ones of the elements `start .. stop` of delta k, in place."""
 
 
-@runtime_checkable
-class Masking(Sparsify, Protocol):
-    """One that drops what a threshold or a mask says and changes nothing else: compiled loops do that on the way."""
+class Masking:
+    """A `Sparsify` that drops what a threshold or a mask says and changes nothing else; this one drops nothing.
 
-    #: Of the models of which only the largest entries are kept.
-    cuts: Mapping[int, Cut]
+    Compiled loops do the dropping where entries are merged; here it is done on a delta by itself.
+
+    Args:
+        job: the tensor.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self.scales: Sequence[float] = [1.0] * len(job.models)
+        #: Of the models of which only the largest entries are kept.
+        self.cuts: Mapping[int, Cut] = {}
 
     def keep(self, k: int, start: int, stop: int, out: NDArray[np.uint8]) -> bool:
         """Write to `out` which of the elements `start .. stop` of model k are kept; False if no mask says that."""
-
-
-class KeepAll:
-    """Drops nothing."""
-
-    cuts: Mapping[int, Cut] = MappingProxyType({})
-
-    def __init__(self, models: int) -> None:
-        self.scales: Sequence[float] = [1.0] * models
+        return False
 
     def __call__(self, k: int, delta: Tensor, start: int, stop: int) -> None:
-        """Leave the delta as it is."""
-
-    def keep(self, k: int, start: int, stop: int, out: NDArray[np.uint8]) -> bool:
-        """No mask."""
-        return False
+        """Zero what is below the threshold or outside the mask of delta k, in place."""
+        room = self._job.workspace.get("keep", stop - start, torch.uint8).numpy()
+        if k in self.cuts:
+            before = min(max(self.cuts[k].position - start, 0), stop - start)
+            drop_small(delta.numpy(), np.float32(self.cuts[k].value), before)
+        elif self.keep(k, start, stop, room):
+            drop(delta.numpy(), room)
 
 
 def l1_scales(job: Job, sparsify: Sparsify) -> list[float]:
@@ -198,7 +199,7 @@ class _Deltas:
     def __init__(self, job: Job, sparsify: Sparsify) -> None:
         self._job, self._sparsify, self._present = job, sparsify, job.present()
         self._masking = sparsify if isinstance(sparsify, Masking) else None
-        cuts = sparsify.cuts if isinstance(sparsify, Masking) else {}
+        cuts = self._masking.cuts if self._masking else {}
         self._above = _column(cuts[k].value if k in cuts else -1.0 for k in self._present)
         self._early = np.nextafter(self._above, np.float32(-np.inf))
         self._positions = np.array([cuts[k].position if k in cuts else 0 for k in self._present], np.int64)

@@ -15,17 +15,15 @@ arXiv 2410.09344, for q.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sparse_ft.merging.chunks import Job, MemoryOperand, Merge, keep_, operands, run_in_memory
-from sparse_ft.merging.consensus import l1_scales, merge_deltas
+from sparse_ft.merging.chunks import Job, MemoryOperand, Merge, operands, run_in_memory
+from sparse_ft.merging.consensus import Masking, l1_scales, merge_deltas
 from sparse_ft.merging.plan import Compatibility
-from sparse_ft.merging.thresholds import Cut
 
 
 def dare_linear(
@@ -121,36 +119,24 @@ def merge_darex_q(job: Job) -> Merge:
     return merge_deltas(job, drop, elect=False)
 
 
-class RandomDrop:
+class RandomDrop(Masking):
     """Keep masks from `job.draw`, and the factor that makes up for them."""
 
-    cuts: Mapping[int, Cut] = MappingProxyType({})
-
     def __init__(self, job: Job) -> None:
-        self._job = job
-        self.scales: Sequence[float] = [1.0] * len(job.models)
+        super().__init__(job)
         if job.rescale and job.compatibility == "paper":
             self.scales = [1.0 / d if 0.0 < d < 1.0 else 1.0 for d in job.densities]
         elif job.rescale:
             self.scales = l1_scales(job, self)
 
-    def __call__(self, k: int, delta: Tensor, start: int, stop: int) -> None:
-        """Drop entries of delta k."""
-        density = self._job.densities[k]
-        if density >= 1.0:
-            return
-        if density <= 0.0:
-            delta.zero_()
-            return
-        assert self._job.draw is not None
-        keep_(delta, self._job.draw(k, start, stop))
-
     def keep(self, k: int, start: int, stop: int, out: NDArray[np.uint8]) -> bool:
         """The random mask of model k."""
         density = self._job.densities[k]
-        if density < 1.0:
-            assert self._job.draw is not None or density <= 0.0
-            out[:] = self._job.draw(k, start, stop) if self._job.draw and density > 0.0 else 0
+        if 0.0 < density < 1.0:
+            assert self._job.draw is not None
+            out[:] = self._job.draw(k, start, stop)
+        elif density <= 0.0:
+            out[:] = 0
         return density < 1.0
 
 

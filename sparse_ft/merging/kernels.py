@@ -16,6 +16,7 @@ from numba import njit
 from sparse_ft.merging.bits import INFINITE, larger, narrow_like, plus, widen
 
 _BLOCK = 2048
+_LONG_BLOCK = 4096  # where fewer sums are kept
 _ZERO, _ONE = np.float32(0), np.float32(1)
 
 
@@ -264,15 +265,15 @@ def _elect(
 def _add_delta(
     deltas: Any, k: int, start: int, old: np.ndarray, all_kept: np.ndarray, factor: np.float32, total: np.ndarray
 ) -> None:
-    """`_add` with the entries of delta k from `start` on."""
-    stop = min(start + _BLOCK, deltas.models.shape[1])
-    model, keep = deltas.models[k, start:stop], all_kept
-    if deltas.masked[k]:
-        keep = deltas.keep[k, start:stop]
+    """`_add` with the entries of delta k from `start` on, as many as `total` has."""
+    stop = min(start + total.size, deltas.models.shape[1])
+    model, keep = deltas.models[k, start:stop], deltas.keep[k, start:stop] if deltas.masked[k] else all_kept
     cut = min(max(deltas.befores[k] - start, 0), model.size)
-    worst = _add(model[cut:], old[cut:], keep[cut:], deltas.above[k], factor, total[cut:])
-    if cut:
-        worst = max(worst, _add(model[:cut], old, keep, deltas.early[k], factor, total))
+    if cut == 0:
+        worst = _add(model, old, keep, deltas.above[k], factor, total)
+    else:
+        worst = _add(model[:cut], old, keep, deltas.early[k], factor, total)
+        worst = max(worst, _add(model[cut:], old[cut:], keep[cut:], deltas.above[k], factor, total[cut:]))
     deltas.strange[k] |= worst >= INFINITE
 
 
@@ -287,10 +288,10 @@ def weighted_sum(out: np.ndarray, base: np.ndarray, deltas: Any, factors: np.nda
         factors: (K,) fp32.
         lam: factor on the sum.
     """
-    total, old = np.empty(_BLOCK, np.float32), np.empty(_BLOCK, np.float32)
-    nothing, all_kept = np.zeros(_BLOCK, np.float32), np.ones(_BLOCK, np.uint8)
-    for start in range(0, base.size, _BLOCK):
-        raw = base[start : start + _BLOCK]
+    total, old = np.empty(_LONG_BLOCK, np.float32), np.empty(_LONG_BLOCK, np.float32)
+    nothing, all_kept = np.zeros(_LONG_BLOCK, np.float32), np.ones(_LONG_BLOCK, np.uint8)
+    for start in range(0, base.size, _LONG_BLOCK):
+        raw = base[start : start + _LONG_BLOCK]
         _load(raw, old)
         total[:] = _ZERO
         for k in range(factors.size):

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from sparse_ft.merging.chunks import Job, MemoryOperand, Merge, operands, run_in_memory
-from sparse_ft.merging.consensus import KeepAll, merge_deltas
+from sparse_ft.merging.consensus import Masking, merge_deltas
 
 
 def task_arithmetic(
@@ -46,4 +46,4 @@ def task_arithmetic(
 
 def merge_task_arithmetic(job: Job) -> Merge:
     """The method on one tensor."""
-    return merge_deltas(job, KeepAll(len(job.models)), elect=False)
+    return merge_deltas(job, Masking(job), elect=False)

@@ -44,20 +44,14 @@ class Cut:
     value: float
     position: int
 
-    def largest(self, sizes: NDArray[np.float32], start: int, out: NDArray[np.bool_]) -> None:
-        """Which entries are among the largest.
+    def smallest(self, sizes: NDArray[np.float32], start: int, out: NDArray[np.bool_]) -> None:
+        """Which entries are among the smallest.
 
         Args:
             sizes: (n,) absolute values of the elements from `start` on.
             start: flat index of the first.
             out: (n,) the answer.
         """
-        before = min(max(self.position - start, 0), len(sizes))
-        np.greater_equal(sizes[:before], np.float32(self.value), out=out[:before])
-        np.greater(sizes[before:], np.float32(self.value), out=out[before:])
-
-    def smallest(self, sizes: NDArray[np.float32], start: int, out: NDArray[np.bool_]) -> None:
-        """Which entries are among the smallest; as `largest`."""
         before = min(max(self.position - start, 0), len(sizes))
         np.less_equal(sizes[:before], np.float32(self.value), out=out[:before])
         np.less(sizes[before:], np.float32(self.value), out=out[before:])

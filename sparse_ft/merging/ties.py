@@ -16,13 +16,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
 from sparse_ft.merging.chunks import Job, MemoryOperand, Merge, operands, run_in_memory
-from sparse_ft.merging.consensus import l1_scales, merge_deltas
-from sparse_ft.merging.kernels import drop_small
+from sparse_ft.merging.consensus import Masking, l1_scales, merge_deltas
 from sparse_ft.merging.plan import Compatibility
 from sparse_ft.merging.thresholds import Wanted, find_cuts
 
@@ -65,15 +62,14 @@ def merge_ties(job: Job) -> Merge:
     return merge_deltas(job, MagnitudeTrim(job), elect=True)
 
 
-class MagnitudeTrim:
+class MagnitudeTrim(Masking):
     """Keeps the largest entries of each delta, exactly as many as asked for."""
 
     def __init__(self, job: Job) -> None:
-        self._job = job
+        super().__init__(job)
         trimmed = [k for k in job.present() if job.densities[k] < 1.0]
         cuts = find_cuts(job, [Wanted(k, self._count(job.densities[k]), True) for k in trimmed])
         self.cuts = dict(zip(trimmed, cuts, strict=True))
-        self.scales: Sequence[float] = [1.0] * len(job.models)
         if job.rescale:
             self.scales = l1_scales(job, self)
 
@@ -81,14 +77,3 @@ class MagnitudeTrim:
         if self._job.compatibility == "mergekit":
             return min(max(1, int(density * self._job.numel)), self._job.numel)
         return round(density * self._job.numel)
-
-    def __call__(self, k: int, delta: Tensor, start: int, stop: int) -> None:
-        """Zero what is below the threshold of delta k."""
-        if k in self.cuts:
-            cut = self.cuts[k]
-            before = min(max(cut.position - start, 0), stop - start)
-            drop_small(delta.numpy(), np.float32(cut.value), before)
-
-    def keep(self, k: int, start: int, stop: int, out: NDArray[np.uint8]) -> bool:
-        """The cuts say it all."""
-        return False
