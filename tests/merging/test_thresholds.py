@@ -28,7 +28,11 @@ def chosen(tensor: Tensor, wanted: Wanted, job: Job) -> np.ndarray:
     out = np.empty(tensor.numel(), dtype=np.bool_)
     for start, stop in job.ranges():
         sizes = tensor[start:stop].abs().numpy()
-        (cut.largest if wanted.largest else cut.smallest)(sizes, start, out[start:stop])
+        if wanted.largest:
+            early = np.arange(start, stop) < cut.position
+            out[start:stop] = (sizes > np.float32(cut.value)) | ((sizes == np.float32(cut.value)) & early)
+        else:
+            cut.smallest(sizes, start, out[start:stop])
     return out
 
 
