@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 import warnings
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from sparse_ft.masks import MaskSet
 from sparse_ft.models import canonical_name
+from sparse_ft.naming import check_choice, did_you_mean
 
 ADAPTERS = ("mask_lora", "scale_lora", "lora_prune")
 GROUPS = ("biases", "norms", "head", "embeddings")
@@ -55,9 +55,7 @@ def parse_method(text: str) -> PerpMethod:
         raise ValueError(f"Method {text!r} has a + with nothing on one side; name a part there, or leave it out.")
     for part in parts:
         if part not in known:
-            near = difflib.get_close_matches(part, known, n=1)
-            hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(known)}."
-            raise ValueError(f"Unknown part {part!r} in method {text!r}. {hint}")
+            raise ValueError(f"Unknown part {part!r} in method {text!r}. {did_you_mean(part, known)}")
         if parts.count(part) > 1:
             raise ValueError(f"Method {text!r} names {part!r} {parts.count(part)} times; once is enough.")
     adapters = [part for part in parts if part in ADAPTERS]
@@ -80,8 +78,7 @@ def group_parameters(model: nn.Module, group: str) -> list[str]:
         >>> group_parameters(llama, "norms")[-1]
         'model.norm.weight'
     """
-    if group not in GROUPS:
-        raise ValueError(f"Unknown group {group!r}; known are {', '.join(GROUPS)}.")
+    check_choice("group", group, GROUPS)
     if group in ("head", "embeddings"):
         weight = _embedding_weight(model, group)
         return [] if weight is None else [name for name, parameter in own_parameters(model) if parameter is weight][:1]

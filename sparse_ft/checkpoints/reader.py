@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from difflib import get_close_matches
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from sparse_ft.checkpoints.header import TensorInfo, read_header
 from sparse_ft.checkpoints.resolve import member, weights_file
+from sparse_ft.naming import did_you_mean
 
 
 class CheckpointReader(Mapping[str, Tensor]):
@@ -123,9 +123,8 @@ class CheckpointReader(Mapping[str, Tensor]):
 
     def _info(self, name: str) -> TensorInfo:
         if name not in self._infos:
-            near = get_close_matches(name, self._infos, n=1)
-            hint = f"; the nearest name is '{near[0]}'" if near else ""
-            raise ValueError(f"'{self.path}' has no tensor '{name}' among its {len(self._infos)}{hint}.")
+            hint = did_you_mean(name, self._infos, otherwise="Use a name that `names()` gives.")
+            raise ValueError(f"'{self.path}' has no tensor '{name}' among its {len(self._infos)}. {hint}")
         return self._infos[name]
 
     def _opening_file(self, allow_pickle: bool) -> Path:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sparse_ft.cli.limits import OPTION_LIMITS, check_limits
-from sparse_ft.cli.parser import ConfigParser, suggest
+from sparse_ft.cli.parser import ConfigParser
 
 __all__ = [
     "CalibrationArguments",
@@ -25,7 +25,6 @@ __all__ = [
     "ReportArguments",
     "RetrainArguments",
     "TextArguments",
-    "check_choice",
     "first_word_is_model",
     "parse",
 ]
@@ -243,14 +242,3 @@ def first_word_is_model(argv: Sequence[str]) -> list[str]:
     """`eval S …` means `eval --model_name_or_path S …`."""
     words = list(argv)
     return ["--model_name_or_path", *words] if words and not words[0].startswith("-") else words
-
-
-def check_choice(name: str, value: str, known: Sequence[str]) -> str:
-    """Return `value` if it is one of `known`.
-
-    Raises:
-        ValueError: It is not; the nearest is named.
-    """
-    if value not in known:
-        raise ValueError(f"Unknown {name} {value!r}.{suggest(value, known)}")
-    return value

@@ -88,7 +88,7 @@ def _search(words: Sequence[str]) -> int:
 
 
 def _apply(words: Sequence[str]) -> int:
-    from sparse_ft.cli.plain_options import parse_plain
+    from sparse_ft.cli.plain_options import dtype_called, parse_plain
 
     how = parse_plain(
         words,
@@ -143,20 +143,6 @@ def print_info(directory: Any) -> None:
     if "mean_absolute_delta" in record:
         print(f"mean |delta| {float(record['mean_absolute_delta']):.3g} before pruning")
     print(f"base {record.get('base', '?')}  digest {header.base_digest[:16]}")
-
-
-def dtype_called(name: str) -> Any:
-    """The torch dtype of an option, None for auto.
-
-    Raises:
-        ValueError: if it is none of float32, bfloat16, float16.
-    """
-    import torch
-
-    known = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name not in known:
-        raise ValueError(f"Unknown dtype '{name}'; use {', '.join(known)}.")
-    return known[name]
 
 
 def _first_is_delta(words: Sequence[str]) -> list[str]:

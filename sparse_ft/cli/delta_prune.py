@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from sparse_ft.checkpoints import atomic_directory, check_output_dir
-from sparse_ft.cli.arguments import TextArguments, check_choice
-from sparse_ft.cli.delta import dtype_called
+from sparse_ft.cli.arguments import TextArguments
 from sparse_ft.cli.delta_arguments import DeltaArguments, ScaleArguments
+from sparse_ft.cli.plain_options import dtype_called
 from sparse_ft.deltas.extract import METHODS, Settings, write_delta
 from sparse_ft.deltas.scope import Selection
 from sparse_ft.deltas.store import rescale, write_record
+from sparse_ft.naming import check_choice
 
 __all__ = ["prune"]
 

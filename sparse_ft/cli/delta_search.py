@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from sparse_ft.checkpoints import CheckpointReader, resolve_checkpoint
 from sparse_ft.checkpoints.resolve import ADAPTER_CONFIG_FILE, CONFIG_FILE
-from sparse_ft.cli.arguments import TextArguments, check_choice
+from sparse_ft.cli.arguments import TextArguments
 from sparse_ft.cli.delta_arguments import ScaleArguments
 from sparse_ft.cli.measuring import choose_device, choose_length, draw_calibration, find_split, load_checked
 from sparse_ft.data import tokenize
@@ -20,6 +20,7 @@ from sparse_ft.deltas.resident import Delta
 from sparse_ft.deltas.store import DeltaFile
 from sparse_ft.evaluation import perplexity
 from sparse_ft.models import load_config, load_tokenizer
+from sparse_ft.naming import check_choice
 
 __all__ = ["input_moments", "search"]
 

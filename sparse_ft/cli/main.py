@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from pathlib import PurePath
 from typing import TextIO
 
+from sparse_ft.naming import did_you_mean
+
 __all__ = ["VERBS", "VerificationError", "main"]
 
 VERBS = {
@@ -122,11 +124,8 @@ def _sentence(error: Exception) -> str:
 
 
 def _unknown_verb(verb: str) -> int:
-    import difflib
-
-    near = difflib.get_close_matches(verb, VERBS, n=1, cutoff=0.5)
-    hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(VERBS)}."
-    print(f"sparse-ft: error: Unknown verb {PurePath(verb).name!r}. {hint}", file=sys.stderr)
+    name = PurePath(verb).name
+    print(f"sparse-ft: error: Unknown verb {name!r}. {did_you_mean(name, VERBS)}", file=sys.stderr)
     return 2
 
 

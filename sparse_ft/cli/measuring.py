@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from sparse_ft.checkpoints import CheckpointReader
-from sparse_ft.cli.arguments import EvaluationArguments, TextArguments, check_choice
+from sparse_ft.cli.arguments import EvaluationArguments, TextArguments
 from sparse_ft.cli.opening import is_causal
+from sparse_ft.cli.plain_options import dtype_called
 from sparse_ft.data import TooFewSequencesError, calibration_batches, load_text, tokenize
 from sparse_ft.evaluation import perplexity
 from sparse_ft.models import load_model
@@ -31,7 +32,6 @@ __all__ = [
 ]
 
 _LONGEST_DEFAULT = 2048
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def choose_dtype(name: str) -> str | torch.dtype:
     Raises:
         ValueError: The name is another.
     """
-    return _DTYPES.get(check_choice("dtype", name, ["auto", *_DTYPES]), "auto")
+    return dtype_called(name) or "auto"
 
 
 def choose_length(requested: int | None, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:

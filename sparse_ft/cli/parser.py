@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,6 +20,8 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 
 from trl.scripts.utils import TrlParser
+
+from sparse_ft.naming import did_you_mean
 
 __all__ = ["ConfigParser", "find_recipe", "read_recipe", "recipe_roots", "suggest"]
 
@@ -39,10 +40,7 @@ def suggest(name: str, known: Iterable[str]) -> str:
         " Did you mean 'magnitude'?"
     """
     known = list(known)
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    if near:
-        return f" Did you mean {near[0]!r}?"
-    return f" Known: {', '.join(known)}." if len(known) <= 24 else " See --help."
+    return f" {did_you_mean(name, known, otherwise=None if len(known) <= 24 else 'See --help.')}"
 
 
 def recipe_roots() -> list[Path]:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import re
 import types
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
-__all__ = ["option", "parse_plain"]
+from sparse_ft.naming import check_choice, did_you_mean
+
+__all__ = ["dtype_called", "option", "parse_plain"]
 
 T = TypeVar("T")
 
@@ -70,6 +71,18 @@ def parse_plain(
     return group(**values)
 
 
+def dtype_called(name: str) -> Any:
+    """The torch dtype of an option, None for auto.
+
+    Raises:
+        ValueError: if it is none of float32, bfloat16, float16.
+    """
+    import torch
+
+    known = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    return known[check_choice("dtype", name, known)]
+
+
 class _Parser(argparse.ArgumentParser):
     """argparse whose complaints are errors of one sentence."""
 
@@ -82,8 +95,8 @@ class _Parser(argparse.ArgumentParser):
         if not word.startswith("-"):
             raise ValueError(f"Unexpected argument '{word}'; options are written --name value.")
         known = [name for action in self._actions for name in action.option_strings if name.startswith("--")]
-        near = difflib.get_close_matches(word.split("=")[0].replace("-", "_").replace("__", "--", 1), known, n=1)
-        raise ValueError(f"Unknown option '{word}'. " + (f"Did you mean '{near[0]}'?" if near else "See --help."))
+        spelt = word.split("=")[0].replace("-", "_").replace("__", "--", 1)
+        raise ValueError(f"Unknown option '{word}'. {did_you_mean(spelt, known, otherwise='See --help.')}")
 
 
 def _add(

@@ -25,7 +25,6 @@ from sparse_ft.cli.arguments import (
     OutputArguments,
     PruneArguments,
     TextArguments,
-    check_choice,
     parse,
 )
 from sparse_ft.cli.measuring import (
@@ -41,6 +40,7 @@ from sparse_ft.cli.opening import open_source
 from sparse_ft.cli.publishing import Outcome, plain_arguments, print_outcome, publish, written_weights
 from sparse_ft.masks import MASKS_FILE, MaskSet
 from sparse_ft.models import load_config, load_tokenizer
+from sparse_ft.naming import check_choice
 from sparse_ft.pruning import METHODS, prune_checkpoint
 from sparse_ft.pruning.plan import check_settings
 

@@ -25,8 +25,9 @@ from sparse_ft.adapters.perp import (
     share_by_part,
     trainable_share,
 )
-from sparse_ft.cli.arguments import RetrainArguments, check_choice
+from sparse_ft.cli.arguments import RetrainArguments
 from sparse_ft.masks import MaskSet
+from sparse_ft.naming import check_choice
 
 __all__ = ["DEFAULT_RANK", "Method", "check_settings", "choose_method", "print_trainable"]
 

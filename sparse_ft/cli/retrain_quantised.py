@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from transformers import BitsAndBytesConfig, PreTrainedModel, TrainingArguments
 
-from sparse_ft.cli.arguments import RetrainArguments, check_choice
+from sparse_ft.cli.arguments import RetrainArguments
 from sparse_ft.cli.measuring import choose_dtype
 from sparse_ft.cli.retrain_methods import Method
 from sparse_ft.models import load_config, model_class
+from sparse_ft.naming import check_choice
 
 __all__ = ["check_quantization", "load_quantised"]
 

@@ -43,6 +43,7 @@ from sparse_ft.deltas.scope import Entry, Scope, Selection, align, find_tied, he
 from sparse_ft.deltas.store import DeltaFile, DeltaWriter, write_record
 from sparse_ft.deltas.wanda import wanda_keep
 from sparse_ft.models import matrix_view
+from sparse_ft.naming import check_choice
 
 #: Methods, and whether kept entries are divided by a scale.
 METHODS = {"dare": True, "darex_q": True, "structural": True, "magnitude": False, "wanda": False}
@@ -77,8 +78,7 @@ class Settings:
     slices: Mapping[str, tuple[str, int]] | None = None
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ValueError(f"Unknown method '{self.method}'; known are {', '.join(METHODS)}.")
+        check_choice("method", self.method, METHODS)
         check_density(self.density)
         if self.dtype is not None and self.dtype not in VALUE_DTYPES:
             raise ValueError(f"Values can be stored as float32, bfloat16 or float16, not {self.dtype}.")

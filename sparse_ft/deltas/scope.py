@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from sparse_ft.checkpoints import CheckpointReader
+from sparse_ft.naming import check_choice
 
 #: dtype and shape of every tensor by name.
 Headers = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -104,8 +105,7 @@ class Selection:
     excluded: str = "keep-finetuned"
 
     def __post_init__(self) -> None:
-        if self.preset not in PRESETS:
-            raise ValueError(f"Unknown preset '{self.preset}'; known are {', '.join(PRESETS)}.")
+        check_choice("preset", self.preset, PRESETS)
         if self.excluded not in POLICIES:
             raise ValueError(f"excluded is '{self.excluded}'; it must be {' or '.join(POLICIES)}.")
         for pattern in self.exclude:

@@ -18,7 +18,6 @@ the set of tasks: Zimmer et al. 2023 (arXiv 2312.15230).
 from __future__ import annotations
 
 import copy
-import difflib
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,6 +31,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from sparse_ft.evaluation.perplexity import class_name, config_of, dtype_line, eval_mode, sees_the_right
+from sparse_ft.naming import did_you_mean
 
 PERP_TASKS = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 #: Names that stand for several tasks.
@@ -228,8 +228,7 @@ def _check_generates(model: nn.Module) -> None:
 def _check_known(task: Any, manager: Any) -> None:
     if not isinstance(task, str) or task in manager.task_index or _is_file(task):
         return
-    near = difflib.get_close_matches(task, [*SETS, *manager.all_tasks], n=1, cutoff=0.6)
-    hint = f"Did you mean {near[0]!r}?" if near else "`lm_eval ls tasks` lists them."
+    hint = did_you_mean(task, [*SETS, *manager.all_tasks], otherwise="`lm_eval ls tasks` lists them.")
     raise ValueError(f"lm_eval has no task {task!r}. {hint}")
 
 

@@ -22,9 +22,10 @@ from sparse_ft.merging.families import FAMILIES, PARAMETERS, REFUSED
 from sparse_ft.merging.plan import Compatibility
 from sparse_ft.merging.preserving import PreserveMasks, parse_preserve_masks
 from sparse_ft.merging.references import ModelRef
-from sparse_ft.merging.settings import Settings, nearest, parse_setting
+from sparse_ft.merging.settings import Settings, parse_setting
 from sparse_ft.merging.token_config import TokenizerConfig, parse_tokenizer
 from sparse_ft.merging.yaml_text import read_yaml
+from sparse_ft.naming import did_you_mean
 
 __all__ = ["MergeConfig", "Module", "OutputSlice", "SliceSource", "parse_config", "read_yaml"]
 
@@ -160,7 +161,7 @@ def _check_keys(content: Mapping[str, Any], known: Sequence[str], where: str) ->
             continue
         if key in PARAMETERS and "parameters" in known:
             raise ValueError(f"{where} has the unknown key '{key}'; it is a parameter, put it under 'parameters:'.")
-        raise ValueError(f"{where} has the unknown key '{key}'. {nearest(str(key), known)}")
+        raise ValueError(f"{where} has the unknown key '{key}'. {did_you_mean(str(key), known)}")
 
 
 def _method(name: object) -> str:
@@ -169,7 +170,7 @@ def _method(name: object) -> str:
     if name in REFUSED:
         raise ValueError(f"merge_method '{name}' is not supported; {REFUSED[str(name)]}.")
     if name not in FAMILIES:
-        raise ValueError(f"Unknown merge_method '{name}'. {nearest(str(name), FAMILIES)}")
+        raise ValueError(f"Unknown merge_method '{name}'. {did_you_mean(str(name), FAMILIES)}")
     return str(name)
 
 
@@ -265,7 +266,7 @@ def _settings(raw: object, where: str) -> Settings:
         return {}
     for name in _mapping(raw, where):
         if name not in PARAMETERS:
-            raise ValueError(f"{where} has the unknown parameter '{name}'. {nearest(str(name), PARAMETERS)}")
+            raise ValueError(f"{where} has the unknown parameter '{name}'. {did_you_mean(str(name), PARAMETERS)}")
     return {name: parse_setting(value, f"{where}.{name}") for name, value in _mapping(raw, where).items()}
 
 
@@ -305,7 +306,7 @@ def _dtype(content: Mapping[str, Any], key: str) -> torch.dtype | None:
     if name is None:
         return None
     if name not in _DTYPES:
-        raise ValueError(f"Unknown {key} '{name}'. {nearest(str(name), _DTYPES)}")
+        raise ValueError(f"Unknown {key} '{name}'. {did_you_mean(str(name), _DTYPES)}")
     return _DTYPES[name]
 
 

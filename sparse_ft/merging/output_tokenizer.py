@@ -17,9 +17,9 @@ from sparse_ft.checkpoints import copy_side_files
 from sparse_ft.merging.chat_templates import CHAT_TEMPLATES
 from sparse_ft.merging.config import MergeConfig
 from sparse_ft.merging.inputs import OpenModel, read_json
-from sparse_ft.merging.settings import nearest
 from sparse_ft.merging.token_config import TokenizerConfig
 from sparse_ft.merging.vocabulary import Tokens, Vocabulary, match_rows
+from sparse_ft.naming import did_you_mean
 
 _FILES = (
     "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model", "*.tiktoken",
@@ -125,7 +125,7 @@ def _chat_template(wanted: str | None, models: Mapping[str, OpenModel]) -> str |
     if wanted in CHAT_TEMPLATES:
         return CHAT_TEMPLATES[wanted]
     if "{" not in wanted:
-        raise ValueError(f"Unknown chat_template '{wanted}'. {nearest(wanted, ('auto', *CHAT_TEMPLATES))}")
+        raise ValueError(f"Unknown chat_template '{wanted}'. {did_you_mean(wanted, ('auto', *CHAT_TEMPLATES))}")
     return wanted
 
 

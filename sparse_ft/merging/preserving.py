@@ -19,7 +19,7 @@ from functools import reduce
 from sparse_ft.masks import MASKS_FILE, MaskSet, Pattern
 from sparse_ft.masks.pattern import check_sparsity
 from sparse_ft.merging.plan import MergePlan
-from sparse_ft.merging.settings import nearest
+from sparse_ft.naming import did_you_mean
 
 POLICIES = ("auto", "shared", "intersection", "union", "base", "off")
 
@@ -45,14 +45,14 @@ def parse_preserve_masks(raw: object) -> PreserveMasks:
         return PreserveMasks("off")
     if isinstance(raw, str):
         if raw not in POLICIES:
-            raise ValueError(f"Unknown preserve_masks '{raw}'. {nearest(raw, POLICIES)}")
+            raise ValueError(f"Unknown preserve_masks '{raw}'. {did_you_mean(raw, POLICIES)}")
         return PreserveMasks(raw)
     if not isinstance(raw, Mapping):
         raise ValueError(f"preserve_masks must be one of {', '.join(POLICIES)}, or have a pattern, got {raw!r:.60}.")
     for key in raw:
         if key not in ("pattern", "sparsity"):
             raise ValueError(
-                f"preserve_masks has the unknown key '{key}'. {nearest(str(key), ('pattern', 'sparsity'))}"
+                f"preserve_masks has the unknown key '{key}'. {did_you_mean(str(key), ('pattern', 'sparsity'))}"
             )
     pattern, sparsity = Pattern.parse(str(raw.get("pattern", "unstructured"))), raw.get("sparsity")
     if sparsity is not None and (isinstance(sparsity, bool) or not isinstance(sparsity, (int, float))):

@@ -25,7 +25,7 @@ from sparse_ft.checkpoints.resolve import (
     weights_file,
 )
 from sparse_ft.merging.plan import MergeInput
-from sparse_ft.merging.settings import nearest
+from sparse_ft.naming import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def _from_mapping(raw: Mapping[object, object], where: str) -> ModelRef:
         if key == "override_architecture" and value is not None:
             raise ValueError(f"{where}.override_architecture is not supported: layers are found from tensor names.")
         if key not in ("model", "lora", "override_architecture"):
-            raise ValueError(f"{where} has the unknown key '{key}'. {nearest(str(key), ('model', 'lora'))}")
+            raise ValueError(f"{where} has the unknown key '{key}'. {did_you_mean(str(key), ('model', 'lora'))}")
         if value is None:
             continue
         if isinstance(value, str):

@@ -14,11 +14,12 @@ Example:
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from sparse_ft.naming import did_you_mean
 
 Scalar = bool | int | float | str
 #: Values at evenly spaced positions of the layers, or one value.
@@ -124,17 +125,10 @@ def resolve(name: str, levels: Iterable[Settings], tensor: str, t: float) -> Sca
     return None
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """`"Did you mean 'x'?"` if something known is near, else the list of all."""
-    known = list(known)
-    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.6)
-    return f"Did you mean '{near[0]}'?" if near else f"Known are {', '.join(known)}."
-
-
 def _case(raw: Mapping[Any, Any], where: str) -> Case:
     for key in raw:
         if key not in ("filter", "value"):
-            raise ValueError(f"{where} has the unknown key '{key}'. {nearest(key, ('filter', 'value'))}")
+            raise ValueError(f"{where} has the unknown key '{key}'. {did_you_mean(key, ('filter', 'value'))}")
     if raw.get("value") is None:
         raise ValueError(f"{where} has a filter but no value; add 'value: ...'.")
     filter_ = raw.get("filter")

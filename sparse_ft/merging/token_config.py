@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sparse_ft.merging.references import ModelRef
-from sparse_ft.merging.settings import nearest
+from sparse_ft.naming import did_you_mean
 
 _KEYS = ("source", "tokens", "pad_to_multiple_of")
 
@@ -65,7 +65,7 @@ def parse_tokenizer(content: Mapping[str, Any]) -> TokenizerConfig | None:
         raise ValueError(f"'tokenizer' must be a mapping with 'source', got {full!r:.60}; or use 'tokenizer_source'.")
     for key in full:
         if key not in _KEYS:
-            raise ValueError(f"'tokenizer' has the unknown key '{key}'. {nearest(str(key), _KEYS)}")
+            raise ValueError(f"'tokenizer' has the unknown key '{key}'. {did_you_mean(str(key), _KEYS)}")
     multiple = full.get("pad_to_multiple_of")
     if multiple is not None and (type(multiple) is not int or multiple < 1):
         raise ValueError(f"tokenizer.pad_to_multiple_of must be a whole number above 0, got {multiple!r}.")
@@ -84,7 +84,7 @@ def _token(raw: object, where: str) -> TokenSource:
     content: Mapping[str, Any] = raw if isinstance(raw, Mapping) else {"source": raw}
     for key in content:
         if key not in ("source", "force"):
-            raise ValueError(f"{where} has the unknown key '{key}'. {nearest(str(key), ('source', 'force'))}")
+            raise ValueError(f"{where} has the unknown key '{key}'. {did_you_mean(str(key), ('source', 'force'))}")
     force, source = content.get("force", False), content.get("source")
     if not isinstance(force, bool):
         raise ValueError(f"{where}.force must be true or false, got {force!r}.")

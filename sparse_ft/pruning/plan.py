@@ -6,9 +6,8 @@ of fused experts `(E, o, d)` is E matrices, named `"….gate_up_proj[0]"`, `"…
 
 from __future__ import annotations
 
-import difflib
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from sparse_ft.masks import MaskSet, Pattern
 from sparse_ft.models import Target
+from sparse_ft.naming import check_choice
 from sparse_ft.pruning.allocation import check_min_keep, erk, global_magnitude, uniform
 from sparse_ft.pruning.validation import check_block_size, check_damping, check_weight, resolve_pattern, share_of_row
 
@@ -145,20 +145,6 @@ def check_settings(
         method, parsed, share, allocation, names, indivisible, seed, update_weights, block_size, damping, min_keep,
         progress,
     )  # fmt: skip
-
-
-def check_choice(argument: str, value: str, choices: Iterable[str]) -> None:
-    """Refuse a name that is not among the choices, pointing to the nearest.
-
-    Raises:
-        ValueError: if `value` is not one of `choices`.
-    """
-    names = list(choices)
-    if value in names:
-        return
-    near = difflib.get_close_matches(str(value), names, n=1)
-    hint = f"did you mean '{near[0]}'? " if near else ""
-    raise ValueError(f"Unknown {argument} '{value}'; {hint}Known: {', '.join(names)}.")
 
 
 def divisible_targets(targets: Sequence[Target], settings: Settings) -> list[Target]:

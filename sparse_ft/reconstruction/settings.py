@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from sparse_ft.masks import MaskSet
 from sparse_ft.models import canonical_name, find_blocks
+from sparse_ft.naming import check_choice
 from sparse_ft.pruning.calibration import prepare_calibration
-from sparse_ft.pruning.plan import check_choice
 from sparse_ft.reconstruction.streams import STREAMS
 from sparse_ft.reconstruction.trained import Training, grouped_names, parse_training
 from sparse_ft.reconstruction.windows import GRANULARITIES

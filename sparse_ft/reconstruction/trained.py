@@ -27,7 +27,7 @@ from sparse_ft.adapters.perp import (
     prepare_perp,
 )
 from sparse_ft.masks import MaskSet, keep_bits, mask_
-from sparse_ft.pruning.plan import check_choice
+from sparse_ft.naming import check_choice
 
 FULL = "full"
 GROUPS = ("norms", "biases")

@@ -199,9 +199,9 @@ def poison(model: nn.Module, name: str, value: float) -> nn.Module:
 
 LATE = "model.layers.1.mlp.up_proj.weight"
 BAD = {
-    "unknown method": (dict(method="wnda", sparsity=0.5), "Unknown method 'wnda'; did you mean 'wanda'"),
-    "unknown allocation": (dict(allocation="globl", sparsity=0.5), "did you mean 'global'"),
-    "unknown indivisible": (dict(indivisible="skp", sparsity=0.5), "did you mean 'skip'"),
+    "unknown method": (dict(method="wnda", sparsity=0.5), "Unknown method 'wnda'. Did you mean 'wanda'"),
+    "unknown allocation": (dict(allocation="globl", sparsity=0.5), "Did you mean 'global'"),
+    "unknown indivisible": (dict(indivisible="skp", sparsity=0.5), "Did you mean 'skip'"),
     "unknown pattern": (dict(pattern="two of four"), "two of four"),
     "n > m": (dict(pattern="5:4"), "5:4"),
     "no sparsity": (dict(), "sparsity"),

@@ -152,7 +152,7 @@ def test_a_sparse_model_is_pruned_further(make_trainer: MakeTrainer) -> None:
         ({"patterns": ["2:4", "4:8"]}, r"0\.5 \(4:8\) follows 0\.5"),
         ({"patterns": ["2:4", "unstructured"]}, "sparsity"),
         ({"sparsities": [0.0]}, "follows 0"),
-        ({"sparsities": [0.5], "method": "magnitud"}, "did you mean 'magnitude'"),
+        ({"sparsities": [0.5], "method": "magnitud"}, "Did you mean 'magnitude'"),
         ({"sparsities": [0.5], "method": "wanda"}, "calibration"),
     ],
 )
