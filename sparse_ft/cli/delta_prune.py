@@ -27,6 +27,10 @@ def prune(what: DeltaArguments, text: TextArguments, how: ScaleArguments, *, com
     check_choice("axis", what.axis, AXES)
     searched = what.method == "darex_q" and what.scale is None
     _check_text(what, text, searched)
+    if searched:
+        from sparse_ft.cli.delta_search import check_search, search
+
+        check_search(what.method, what.density, what.finetuned, text, how)
     selection = Selection(what.preset, tuple(what.exclude or ()), what.excluded)
     settings: dict[str, Any] = {"density": what.density, "seed": what.seed, "scale": what.scale, "selection": selection}
     settings["dtype"] = dtype_called(what.values_dtype)
@@ -42,8 +46,6 @@ def prune(what: DeltaArguments, text: TextArguments, how: ScaleArguments, *, com
     with atomic_directory(output, overwrite=what.overwrite) as directory:
         write_delta(what.base, what.finetuned, directory, Settings(method=what.method, **settings))
         if searched:
-            from sparse_ft.cli.delta_search import search
-
             found = search(directory, what.base, what.finetuned, text, how, seed=what.seed)
             rescale(directory, scale=found.scale)
         write_record(directory, {"command": shlex.join(command)})

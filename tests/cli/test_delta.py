@@ -14,7 +14,10 @@ from cli.refusals import Command, refused
 from cli.workspace import save_tokenizer, sentences, tree
 from deltas.pairs import read, same_bits, save_models
 
+from sparse_ft.data import calibration_batches
 from sparse_ft.deltas.store import DELTA_FILE, DeltaFile
+from sparse_ft.deltas.structural import structural_keep
+from sparse_ft.models import load_model, load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +116,51 @@ def test_search_changes_the_scale_alone(place: Path, command: Command) -> None:
     assert all(same_bits(tensor, before[name]) for name, tensor in delta.tensors())
     assert (place / "delta" / "delta.json").exists()
     assert f"-> {delta.header.scale:.6g}" in result.out
+
+
+def test_the_scale_of_whole_neurons_is_searched_with_whole_neurons(place: Path, command: Command) -> None:
+    """Single entries make less noise than neurons at the same density, so their scale would be another."""
+    assert command(*words(place, method="structural", axis="neuron", density=0.4)).code == 0
+    options = ["--finetuned", place / "tuned", "--dataset", place / "text", "--samples", 3, "--sequence_length", 16]
+    result = command("delta", "search", place / "out", "--base", place / "base", *options)
+    assert result.code == 0, result.err
+    first = next(line for line in result.out.splitlines() if line.startswith("  scale"))
+    base, tuned, header = read(place / "base"), read(place / "tuned"), DeltaFile(place / "out").header
+    model = load_model(place / "tuned").eval()
+    tokenizer = load_tokenizer(place / "tuned")
+    drawn = calibration_batches(str(place / "text"), tokenizer, samples=3, sequence_length=16, seed=0, split="train")
+    batches = torch.cat([batch["input_ids"] for batch in drawn])
+    with torch.no_grad():
+        top = model(batches).logits.topk(5)
+        for name, part in header.tensors.items():
+            if part.kind != "delta":
+                continue
+            assert part.mask == "slices"
+            keep = structural_keep(part.shape[part.axis], density=0.4, seed=0, name=part.key or name, role="search")
+            keep = keep.view([-1 if axis == part.axis else 1 for axis in range(len(part.shape))])
+            model.get_parameter(name).copy_(base[name] + torch.where(keep, tuned[name] - base[name], 0) / 0.4)
+        change = float((model(batches).logits.gather(-1, top.indices) - top.values).square().mean())
+    assert float(first.split()[1]) == 0.4 and float(first.split()[-1]) == pytest.approx(change, rel=1e-3)
+
+
+SEARCHES: dict[str, tuple[dict[str, object], tuple[str, ...]]] = {
+    "density one": ({"density": 1}, ("density 1", "between 0 and 1")),
+    "unknown objective": ({"objective": "perplexty"}, ("perplexty", "Did you mean 'perplexity'?")),
+    "largest scale below the first": ({"density": 0.1, "max_scale": 0.05}, ("0.05", "0.1")),
+    "an adapter": ({"finetuned": "adapter"}, ("adapter", "merge it")),
+}
+
+
+@pytest.mark.parametrize("case", SEARCHES)
+def test_a_search_that_cannot_work_is_refused_before_the_delta_is_made(
+    case: str, place: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place)
+    (place / "adapter").mkdir()
+    (place / "adapter" / "adapter_config.json").write_text("{}")
+    monkeypatch.setattr("sparse_ft.cli.delta_prune.write_delta", lambda *_, **__: pytest.fail("work has begun"))
+    options, naming = SEARCHES[case]
+    refused(command, place, *words(place, method="darex_q", dataset="text", **options), naming=naming)
 
 
 def test_density_one_comes_back_bit_for_bit(place: Path, command: Command) -> None:
