@@ -33,7 +33,7 @@ from sparse_ft.deltas.darex_objectives import (
     top_logits_change,
 )
 from sparse_ft.deltas.extract import Settings, Summary, extract_delta
-from sparse_ft.deltas.lora import LoraAdapter, LoraTarget, load_lora, lora_deltas
+from sparse_ft.deltas.lora import LoraAdapter, LoraTarget, load_lora
 from sparse_ft.deltas.magnitude import GlobalMagnitude, global_magnitude, magnitude_delta, magnitude_keep
 from sparse_ft.deltas.probe import DeltaProbe
 from sparse_ft.deltas.random_mask import GENERATOR, random_keep, random_positions
@@ -85,7 +85,6 @@ __all__ = [
     "layer_statistics",
     "learn_scales",
     "load_lora",
-    "lora_deltas",
     "magnitude_delta",
     "magnitude_keep",
     "neuron_groups",

@@ -44,13 +44,12 @@ from sparse_ft.deltas.darex_objectives import (
     last_hidden_state,
     model_inputs,
 )
+from sparse_ft.deltas.fingerprint import LARGE_DELTA
 from sparse_ft.deltas.magnitude import magnitude_delta
 from sparse_ft.deltas.probe import DeltaProbe
 from sparse_ft.deltas.wanda import wanda_delta
 from sparse_ft.models import matrix_view
 
-#: From this mean |delta| on, random pruning fails and ranked pruning is chosen.
-LARGE_DELTA = 1e-2
 #: From this density on, DARE needs no search.
 EASY_DENSITY = 0.1
 
@@ -111,9 +110,9 @@ def choose(
     if density == 0:
         raise ValueError("density is 0: nothing is kept, so there is nothing to choose; use a density above 0.")
     batches = list(batches)
+    if not batches:
+        raise ValueError("There are no samples to measure the deltas on; pass at least one batch.")
     with DeltaProbe(model, base_state, density=density, names=names) as probe:
-        if not batches:
-            raise ValueError("There are no samples to measure the deltas on; pass at least one batch.")
         found = _Measured(probe, batches, seeds)
         reasons = found.describe(large_delta)
         if can_finetune_again:

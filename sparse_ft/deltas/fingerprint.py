@@ -15,7 +15,8 @@ from torch import Tensor
 from sparse_ft.deltas.delta_header import Part
 from sparse_ft.deltas.scope import sample_values
 
-#: Above this mean |delta| the fine-tune is hardly one of this base.
+#: Fine-tunes change weights by one or two orders less on average. Beyond it the base is probably another one, and if
+#: it is the right one, random pruning fails and ranked pruning is chosen.
 LARGE_DELTA = 1e-2
 
 

@@ -186,17 +186,6 @@ def load_lora(directory: str | Path) -> LoraAdapter:
     return LoraAdapter(directory, config, CheckpointReader(member(directory, ADAPTER_FILE)))
 
 
-def lora_deltas(directory: str | Path, base_names: Collection[str]) -> LoraAdapter:
-    """`load_lora`, after checking that the base has every tensor the adapter changes.
-
-    Raises:
-        ValueError: as `load_lora`, or the base lacks one.
-    """
-    adapter = load_lora(directory)
-    adapter.check_base(base_names)
-    return adapter
-
-
 def _check_kind(file: Path, config: Any) -> None:
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__

@@ -2,7 +2,8 @@
 
     kept = the round(density * numel) entries with the largest |delta|        delta' = kept * delta
 
-Counts are exact; of equal entries the one with the lower flat index goes first, as everywhere in `sparse_ft.masks`.
+Counts are exact; of equal entries the one with the lower flat index is dropped first, as everywhere in
+`sparse_ft.masks`.
 
 Example:
     >>> magnitude_delta(torch.tensor([[0.1, -0.3], [0.2, 0.0]]), density=0.5)
@@ -147,7 +148,7 @@ def global_magnitude(tensors: Tensors, *, density: float) -> GlobalMagnitude:
 
     Args:
         tensors: called twice; makes a pass over (name, delta) pairs with distinct names, in any order. The result does
-            not depend on the order: ties go by (name, flat index), the lowest first.
+            not depend on the order: of equal entries those with the lowest (name, flat index) are dropped first.
         density: share of all entries kept, 0..1.
 
     Raises:

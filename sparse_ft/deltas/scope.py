@@ -46,7 +46,7 @@ GROUPS = {
     "lm_head": r"(^|\.)lm_head\.",
 }
 
-_TABLES = re.compile(r"(^|\.)(inv_freq|cos_cached|sin_cached|masked_bias|position_ids)$|\.rotary_emb\.")
+_TABLES = re.compile(r"(^|\.)((inv_freq|cos_cached|sin_cached|masked_bias|position_ids)$|rotary_emb\.)")
 _IN_BLOCK = re.compile(r"(^|\.)\d+\.")
 _SAMPLES = 1024
 
@@ -68,11 +68,6 @@ class Entry:
     dtype: torch.dtype
     shape: tuple[int, ...]
     rows: int = 0
-
-    @property
-    def delta_shape(self) -> tuple[int, ...]:
-        """Shape of the part that is a delta."""
-        return (self.rows, *self.shape[1:]) if self.kind == "resized" else self.shape
 
 
 @dataclass(frozen=True)
@@ -130,6 +125,11 @@ class Selection:
         for pattern in self.exclude:
             if not any(re.search(GROUPS.get(pattern, pattern), name) for name in names):
                 raise ValueError(f"exclude '{pattern}' fits none of the {len(names)} tensors, like '{names[0]}'.")
+
+
+def is_table(name: str) -> bool:
+    """Whether a floating point buffer follows from the configuration (rotary frequencies): no weight, never changed."""
+    return _TABLES.search(name) is not None
 
 
 def headers_of(reader: CheckpointReader) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
@@ -193,7 +193,7 @@ def _entry(
     if finetuned is None:
         assert base is not None
         return Entry(name, "base", *base)
-    if base is None or not (base[0].is_floating_point and finetuned[0].is_floating_point) or _TABLES.search(name):
+    if base is None or not (base[0].is_floating_point and finetuned[0].is_floating_point) or is_table(name):
         return Entry(name, "finetuned", *finetuned)
     if not selection.takes(name):
         return Entry(name, "finetuned", *finetuned) if selection.excluded == POLICIES[0] else Entry(name, "base", *base)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from sparse_ft.merging.chunks import Job, MemoryOperand, Merge, keep_, operands, run_in_memory
 from sparse_ft.merging.consensus import l1_scales, merge_deltas
+from sparse_ft.merging.families import check_window
 from sparse_ft.merging.plan import Compatibility
 
 
@@ -43,7 +44,7 @@ def keep_probabilities(delta: Tensor, density: float, epsilon: float) -> Tensor:
         >>> keep_probabilities(torch.tensor([1.0, -3.0, 2.0]), 0.5, 0.2)
         tensor([0.3000, 0.7000, 0.5000], dtype=torch.float64)
     """
-    _check_window(density, epsilon)
+    check_window(density, epsilon, "DELLA")
     sizes = delta.detach().float().abs().reshape(-1).numpy()
     row = delta.shape[-1] if delta.ndim else 1
     return torch.from_numpy(_probabilities(sizes, max(row, 1), density, epsilon)).view(delta.shape)
@@ -106,7 +107,7 @@ class RankedDrop:
         if not job.by_rows:
             raise ValueError("DELLA ranks whole rows; the job must be read by rows.")
         for k in job.present():
-            _check_window(job.densities[k], job.epsilons[k])
+            check_window(job.densities[k], job.epsilons[k], f"'{job.name}'")
         self._job = job
         self._per_entry = job.rescale and job.compatibility == "paper"
         self.scales: Sequence[float] = [1.0] * len(job.models)
@@ -143,11 +144,3 @@ def _probabilities(sizes: NDArray[np.float32], row: int, density: float, epsilon
     probabilities = np.empty(keys.shape)
     np.put_along_axis(probabilities, keys.astype(np.int64), np.broadcast_to(ladder, keys.shape), axis=-1)
     return probabilities.reshape(-1)
-
-
-def _check_window(density: float, epsilon: float) -> None:
-    if 0.0 < density < 1.0 and not (density - epsilon > 0.0 and density + epsilon < 1.0):
-        raise ValueError(
-            f"density {density:g} with epsilon {epsilon:g} gives keep probabilities from {density - epsilon:g} to "
-            f"{density + epsilon:g}, which must lie between 0 and 1; lower epsilon."
-        )

@@ -140,7 +140,7 @@ def merge_checkpoints(
 
     plan = prepared.planned.plan
     if prepared.config.trim == "model":
-        plan = trim_whole_models(plan, threads)
+        plan = trim_whole_models(plan, threads, progress=progress)
     return execute(plan, output_dir, threads=threads, progress=progress, overwrite=overwrite, finish=finish)
 
 

@@ -19,13 +19,14 @@ from numpy.typing import NDArray
 
 from sparse_ft.checkpoints.header import tensor_bytes
 from sparse_ft.checkpoints.resolve import WEIGHTS_FILE
+from sparse_ft.deltas.scope import is_table
 from sparse_ft.merging.config import MergeConfig, SliceSource
 from sparse_ft.merging.families import FAMILIES, REQUIRED, check_value, check_window, default_of
 from sparse_ft.merging.inputs import OpenModel
 from sparse_ft.merging.layout import Slot, base_of, slots_of
 from sparse_ft.merging.plan import MergePlan, Source, TensorPlan
 from sparse_ft.merging.settings import resolve
-from sparse_ft.merging.structure import is_table, is_vocabulary
+from sparse_ft.merging.structure import is_vocabulary
 from sparse_ft.merging.vocabulary import Vocabulary, leading_rows
 
 #: Size of an output file, as transformers has it.

@@ -16,13 +16,11 @@ import torch
 
 from sparse_ft.checkpoints.header import tensor_bytes
 from sparse_ft.checkpoints.resolve import member
+from sparse_ft.deltas.fingerprint import LARGE_DELTA
 from sparse_ft.merging.inputs import OpenModel
 from sparse_ft.merging.output_tokenizer import tokenizer_directory
 from sparse_ft.merging.planning import Planned
 from sparse_ft.merging.structure import layer_of, stacks_of
-
-#: Mean |finetuned - base| above this means that the base is another model: fine-tunes stay one or two orders below.
-LARGE_DELTA = 1e-2
 
 _SAMPLED_TENSORS = 4
 _SAMPLED_ROWS = 64

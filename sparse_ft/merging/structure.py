@@ -5,8 +5,8 @@ The first number in a name is the layer's: `model.layers.3.mlp.experts.5.w1.weig
 is an embedding, else after them.
 
 Example:
-    >>> split_name("transformer.h.11.attn.c_attn.weight")
-    ('transformer.h', 11, 'attn.c_attn.weight')
+    >>> layer_of("transformer.h.11.attn.c_attn.weight")
+    Layer(stack='transformer.h', index=11, rest='attn.c_attn.weight')
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ _OUTPUT_WORDS = ("lm_head", "embed_out", "predictions", "output", "output_layer"
 _LAYER_KEYS = (
     "num_hidden_layers", "n_layer", "num_layers", "n_layers", "num_decoder_layers", "encoder_layers", "decoder_layers",
 )  # fmt: skip
-_TABLES = re.compile(r"(^|\.)rotary_emb\.|(^|\.)inv_freq$")
 
 
 @dataclass(frozen=True)
@@ -40,16 +39,10 @@ class Layer:
         return f"{self.stack}.{index}.{self.rest}"
 
 
-def split_name(name: str) -> tuple[str, int, str] | None:
-    """Stack, layer number and rest of a name; None for a tensor outside the layers."""
-    match = _LAYER.match(name)
-    return (match[1], int(match[2]), match[3]) if match else None
-
-
 def layer_of(name: str) -> Layer | None:
-    """The same as a `Layer`."""
-    parts = split_name(name)
-    return Layer(*parts) if parts else None
+    """Where a tensor stands; None outside the layers."""
+    match = _LAYER.match(name)
+    return Layer(match[1], int(match[2]), match[3]) if match else None
 
 
 def stacks_of(names: Iterable[str]) -> dict[str, int]:
@@ -83,11 +76,6 @@ def layer_count_key(config: Mapping[str, Any], count: int) -> str | None:
 def stands_before_layers(name: str) -> bool:
     """Whether a tensor outside the layers is used before them."""
     return any(word in name for word in _EMBEDDING_WORDS) and "embed_out" not in name
-
-
-def is_table(name: str) -> bool:
-    """Whether a floating point buffer follows from the configuration (rotary frequencies): copied, never averaged."""
-    return _TABLES.search(name) is not None
 
 
 def input_embedding(shapes: Mapping[str, tuple[int, ...]]) -> str | None:

@@ -22,6 +22,7 @@ from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from tqdm import tqdm
 
 from sparse_ft.merging.chunks import Workspace
 from sparse_ft.merging.jobs import make_job
@@ -59,12 +60,13 @@ def densities_of_models(plan: MergePlan) -> dict[int, float]:
     return {model: density for model, density in found.items() if 0.0 < density < 1.0}
 
 
-def trim_whole_models(plan: MergePlan, threads: int | None = None) -> MergePlan:
+def trim_whole_models(plan: MergePlan, threads: int | None = None, *, progress: bool = False) -> MergePlan:
     """The plan with the density of each tensor that one cut through each whole delta leaves it.
 
     Args:
         plan: of TIES; every model has one density, a share of all its merged entries.
         threads: tensors looked at at once; the result does not depend on it.
+        progress: show a bar.
 
     Raises:
         ValueError: as `densities_of_models`, or if a weight is NaN or infinite.
@@ -74,8 +76,10 @@ def trim_whole_models(plan: MergePlan, threads: int | None = None) -> MergePlan:
         return plan
     numel = {model: sum(math.prod(t.shape) for t in _merged(plan) if _has(t, model)) for model in densities}
     wanted = {model: round(density * numel[model]) for model, density in densities.items()}
-    with ExitStack() as stack:
-        models = _Models(plan, Inputs(plan.models, stack), set(densities), threads or default_threads())
+    readings = 3 * len(_merged(plan))
+    with ExitStack() as stack, tqdm(total=readings, desc="trim", unit="tensor", disable=not progress) as bar:
+        inputs = Inputs(plan.models, stack)
+        models = _Models(plan, inputs, set(densities), threads or default_threads(), bar.update)
         leading = {k: _cut(h, wanted[k]) for k, h in models.histograms(dict.fromkeys(densities)).items()}
         trailing = models.histograms({model: bin_ for model, (bin_, _) in leading.items()})
         values = {k: _cut(histogram, leading[k][1]) for k, histogram in trailing.items()}
@@ -94,8 +98,11 @@ def trim_whole_models(plan: MergePlan, threads: int | None = None) -> MergePlan:
 class _Models:
     """The deltas of a plan, looked at in chunks."""
 
-    def __init__(self, plan: MergePlan, inputs: Inputs, trimmed: set[int], threads: int) -> None:
+    def __init__(
+        self, plan: MergePlan, inputs: Inputs, trimmed: set[int], threads: int, advance: Callable[[], object]
+    ) -> None:
         self._plan, self._inputs, self._trimmed, self._threads = plan, inputs, trimmed, threads
+        self._advance = advance
         self._whole, self._local = threading.Lock(), threading.local()
 
     def histograms(self, inside: Mapping[int, int | None]) -> dict[int, NDArray[np.int64]]:
@@ -139,9 +146,13 @@ class _Models:
         return self._map(of_tensor)
 
     def _map(self, work: Callable[[TensorPlan], T]) -> dict[str, T]:
+        found = {}
         tensors = _merged(self._plan)
         with ThreadPoolExecutor(self._threads) as pool:
-            return dict(zip((tensor.name for tensor in tensors), pool.map(work, tensors), strict=True))
+            for tensor, result in zip(tensors, pool.map(work, tensors), strict=True):
+                found[tensor.name] = result
+                self._advance()
+        return found
 
     def _look(self, tensor: TensorPlan, look: _Look) -> None:
         if not hasattr(self._local, "workspace"):

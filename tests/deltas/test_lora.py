@@ -15,7 +15,7 @@ from tiny_models import TINY
 
 from sparse_ft.deltas.apply import apply_checkpoint
 from sparse_ft.deltas.extract import Settings, extract_delta
-from sparse_ft.deltas.lora import dora_delta, load_lora, lora_deltas
+from sparse_ft.deltas.lora import dora_delta, load_lora
 from sparse_ft.deltas.store import DeltaFile
 
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -60,7 +60,8 @@ def make_adapter(directory: Path, kind: str) -> tuple[Path, Path, dict[str, torc
 def test_base_plus_delta_is_what_peft_merges(kind: str, tmp_path: Path) -> None:
     base, directory, merged = make_adapter(tmp_path, kind)
     tensors = read(base)
-    adapter = lora_deltas(directory, tensors)
+    adapter = load_lora(directory)
+    adapter.check_base(tensors)
     assert len(adapter) > 0 and set(adapter) == set(adapter.targets)
     for name, tensor in tensors.items():
         if name in adapter.targets:
@@ -123,7 +124,7 @@ def test_kinds_that_are_more_than_a_product(case: str, tmp_path: Path) -> None:
 def test_adapters_that_are_damaged_or_of_another_base(tmp_path: Path) -> None:
     base, directory, _ = make_adapter(tmp_path, "plain")
     with pytest.raises(ValueError, match="which the base does not have"):
-        lora_deltas(directory, ["model.norm.weight"])
+        load_lora(directory).check_base(["model.norm.weight"])
     TINY["gpt2"]().save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match="base it was trained on"):
         extract_delta(tmp_path / "other", directory, tmp_path / "delta", progress=False)

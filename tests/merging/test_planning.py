@@ -179,11 +179,13 @@ def test_parameters_of_other_methods_are_noted_not_refused(place: Path) -> None:
 def test_integer_buffers_and_tables_are_copied(place: Path) -> None:
     for i, name in enumerate(("base", "a", "b")):
         extra = {"model.position_ids": torch.arange(7) + i, "model.rotary_emb.inv_freq": torch.full((2,), 1 / 3 + i)}
+        extra["model.layers.0.self_attn.cos_cached"] = torch.full((3,), 0.25 + i)
         write(place / name, _read(place, name) | extra)
     out = merge(place, TASK + "- {model: @a, parameters: {weight: 1}}\nout_dtype: bfloat16")
     assert torch.equal(out["model.position_ids"], torch.arange(7)) and out["model.position_ids"].dtype == torch.int64
     assert out["model.rotary_emb.inv_freq"].dtype == torch.bfloat16 and out["lm_head.weight"].dtype == torch.bfloat16
     assert torch.equal(out["model.rotary_emb.inv_freq"], torch.full((2,), 1 / 3).bfloat16())
+    assert torch.equal(out["model.layers.0.self_attn.cos_cached"], torch.full((3,), 0.25).bfloat16())
 
 
 def test_what_one_model_lacks_the_others_merge_and_what_one_only_has_is_copied(place: Path) -> None:
