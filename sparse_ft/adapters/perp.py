@@ -54,6 +54,7 @@ from sparse_ft.adapters.perp_groups import (
 from sparse_ft.adapters.quantised import check_biases, guard_layers
 from sparse_ft.adapters.scale_lora import ScaleLoraConfig
 from sparse_ft.masks import MaskSet
+from sparse_ft.models import HALF_DTYPES
 
 __all__ = [
     "ADAPTERS",
@@ -71,7 +72,6 @@ __all__ = [
 ]
 
 _CONFIGS = {"mask_lora": MaskLoraConfig, "scale_lora": ScaleLoraConfig, "lora_prune": LoraPruneConfig}
-_HALF = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -241,7 +241,7 @@ def _widen(model: nn.Module, groups: Mapping[str, list[str]]) -> None:
     wide.update(group_parameters(model, "norms"))
     dtypes: dict[str, torch.dtype] = {}
     for name, parameter in model.named_parameters():
-        if ".original_module." not in name and plain_name(name) in wide and parameter.dtype in _HALF:
+        if ".original_module." not in name and plain_name(name) in wide and parameter.dtype in HALF_DTYPES:
             dtypes[plain_name(name)] = parameter.dtype
             parameter.data = parameter.data.float()
     if dtypes:

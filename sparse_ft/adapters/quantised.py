@@ -34,10 +34,9 @@ from transformers.pytorch_utils import Conv1D
 from sparse_ft.adapters.effective_weight import Weight
 from sparse_ft.adapters.masked_layer import AdapterMask, LinearLayer, MaskedLinear, PlainLinear
 from sparse_ft.masks import MaskSet, pack_bits, unpack_bits
-from sparse_ft.models import canonical_name, named_weights
+from sparse_ft.models import HALF_DTYPES, canonical_name, named_weights
 
-_HALF = (torch.float16, torch.bfloat16)
-_DEQUANTISED_TO = (*_HALF, torch.float32)  # by bitsandbytes itself
+_DEQUANTISED_TO = (*HALF_DTYPES, torch.float32)  # by bitsandbytes itself
 
 
 def is_quantised(module: nn.Module) -> bool:
@@ -167,7 +166,7 @@ def check_biases(modules: Mapping[str, nn.Module]) -> None:
     """
     for name, module in modules.items():
         compute = getattr(module, "compute_dtype", torch.float16)
-        if is_quantised(module) and module.bias is not None and compute in _HALF:
+        if is_quantised(module) and module.bias is not None and compute in HALF_DTYPES:
             raise ValueError(
                 f"bitsandbytes would round the trained bias of '{name}' to 16 bits in each step; load the model in 4 "
                 f"bits with bnb_4bit_compute_dtype=torch.float32, or train no biases."

@@ -27,13 +27,13 @@ from sparse_ft.adapters.perp import (
 )
 from sparse_ft.cli.arguments import RetrainArguments
 from sparse_ft.masks import MaskSet
+from sparse_ft.models import HALF_DTYPES
 from sparse_ft.naming import check_choice
 
 __all__ = ["DEFAULT_RANK", "Method", "check_settings", "choose_method", "print_trainable"]
 
 DEFAULT_RANK = 16
 _ALONE = ("full", "reconstruct")  # methods that join with nothing; `cli.reconstruct` is the second
-_HALF = (torch.float16, torch.bfloat16)
 # option -> adapters that have it; an ordinary LoRA on the head, where it is the only one, counts as lora
 _ADAPTERS_WITH = {
     "r": (*ADAPTERS, "lora"),
@@ -89,7 +89,7 @@ class Method:
             check_rank(model, self.perp, masks, how.r)
         dtype = model.get_parameter(next(iter(masks))).dtype if how.dtype == "auto" else getattr(torch, how.dtype)
         wide = "+".join(group for group in groups if group != "head")
-        if wide and dtype in _HALF and not (training.bf16 or training.fp16):
+        if wide and dtype in HALF_DTYPES and not (training.bf16 or training.fp16):
             stored = str(dtype).removeprefix("torch.")
             raise ValueError(
                 f"Method {self.name!r} trains {wide} in float32 inside a {stored} model, which needs autocast; add "

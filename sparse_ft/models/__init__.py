@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from sparse_ft.models.dtypes import HALF_DTYPES
 from sparse_ft.models.names import canonical_name, named_weights
 from sparse_ft.models.targets import Target, find_blocks, find_targets, matrix_view
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 _LOADING = ("load_config", "load_model", "load_skeleton", "load_tokenizer", "model_class")
 
 __all__ = [
+    "HALF_DTYPES",
     "Target",
     "canonical_name",
     "find_blocks",

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparse_ft.models import HALF_DTYPES
 from sparse_ft.pruning.replay import map_tensors
 from sparse_ft.reconstruction.optimise import OfBatch, RunningLoss
 from sparse_ft.reconstruction.streams import Streams
@@ -24,7 +25,6 @@ from sparse_ft.reconstruction.windows import Arguments, Window, WindowCopy, firs
 
 #: Most batches that an error is measured on.
 MEASURED = 16
-_HALF = (torch.float16, torch.bfloat16)
 
 
 @dataclass
@@ -220,9 +220,9 @@ class Pieces:
 
 def widen(module: nn.Module) -> None:
     """Put all 16-bit parameters and buffers of a module into fp32."""
-    module._apply(lambda tensor: tensor.float() if tensor.dtype in _HALF else tensor)
+    module._apply(lambda tensor: tensor.float() if tensor.dtype in HALF_DTYPES else tensor)
 
 
 def widened(value: Any) -> Any:
     """Nested arguments with all 16-bit tensors in fp32."""
-    return map_tensors(value, lambda tensor: tensor.float() if tensor.dtype in _HALF else tensor)
+    return map_tensors(value, lambda tensor: tensor.float() if tensor.dtype in HALF_DTYPES else tensor)
