@@ -1,0 +1,29 @@
+"""Losses that pull a student towards a teacher: hidden states (SquareHead and others) and output distributions (KL)."""
+
+from sparse_ft.distillation.features import cosine_layer, cosine_loss, mse_layer, mse_loss
+from sparse_ft.distillation.head import Head, TokenLoss
+from sparse_ft.distillation.kl import ce_kl_loss, kl_loss
+from sparse_ft.distillation.layers import layer_pairs
+from sparse_ft.distillation.positions import loss_positions
+from sparse_ft.distillation.squarehead import squarehead_layer, squarehead_loss, teacher_energy
+from sparse_ft.distillation.states import FeatureLoss
+from sparse_ft.distillation.top_k import TopK, top_k_targets
+
+__all__ = [
+    "FeatureLoss",
+    "Head",
+    "TokenLoss",
+    "TopK",
+    "ce_kl_loss",
+    "cosine_layer",
+    "cosine_loss",
+    "kl_loss",
+    "layer_pairs",
+    "loss_positions",
+    "mse_layer",
+    "mse_loss",
+    "squarehead_layer",
+    "squarehead_loss",
+    "teacher_energy",
+    "top_k_targets",
+]

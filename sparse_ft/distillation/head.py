@@ -1,0 +1,244 @@
+"""The output head and the losses on its logits, a few tokens at a time.
+
+No tensor of tokens × vocabulary is made. The loss is a scalar, so its gradient is known, up to a factor, as soon as a
+chunk's logits are: the forward pass turns each chunk into its share of dL/dstates and dL/dhead, drops the logits, and
+backward only multiplies by the factor. The student's head is multiplied three times, as in plain training, and the
+teacher's once; nothing is computed twice.
+
+Gradients of the head are summed in fp32. They live from the end of the forward pass to the start of backward, where
+plain training makes them as well. Without gradients (`torch.no_grad`) only the values are computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from sparse_ft.distillation.states import wide
+
+# Logits are in fp32 this many values at a time (64 MiB), whatever the vocabulary and the batch.
+LOGITS_PER_CHUNK = 2**24
+
+# (positions (n,), logits / temperature (n, V), their log-sum-exp (n,)) -> (KL (n,), probabilities p (n, V)), where the
+# gradient of KL by the logits / temperature is softmax - p; p is new memory that the caller may overwrite
+Target: TypeAlias = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+class Head(NamedTuple):
+    """logits = cap(scale · (x Wᵀ + b)), cap(z) = softcap · tanh(z / softcap).
+
+    Attributes:
+        weight: (V, h), not quantised and not sharded.
+        bias: (V,) or None.
+        scale: what the model multiplies logits by, or states before a head without bias: d_model^-0.5 in a tied T5.
+        softcap: as in Gemma 2; None: no cap.
+
+    Example:
+        >>> head = Head(model.lm_head.weight, softcap=model.config.final_logit_softcapping)
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+class TokenLoss(NamedTuple):
+    """What `ce_kl_loss` returns.
+
+    Attributes:
+        total: scalar, ce_weight · ce + kl_weight · kl; gradients flow to the student's states and head.
+        ce: scalar, detached, for logs; 0 where its weight is 0.
+        kl: scalar, detached, for logs, temperature squared included; 0 where its weight is 0.
+    """
+
+    total: Tensor
+    ce: Tensor
+    kl: Tensor
+
+
+@dataclass(frozen=True)
+class TokenTask:
+    """What is computed from the logits.
+
+    Attributes:
+        positions: (N,) int64, rows of the flattened states that have a label.
+        labels: (N,) int64.
+        target: the teacher's side of KL; None: no KL.
+        ce_weight: factor of cross-entropy.
+        kl_weight: factor of temperature² · KL.
+        temperature: what logits are divided by in KL.
+        label_smoothing: share of cross-entropy's target that is spread evenly over the vocabulary.
+        chunk: positions at a time.
+    """
+
+    positions: Tensor
+    labels: Tensor
+    target: Target | None
+    ce_weight: float
+    kl_weight: float
+    temperature: float
+    label_smoothing: float
+    chunk: int
+
+
+def vocabulary(states: Tensor, head: Head | None) -> int:
+    """Number of logits per token."""
+    return states.shape[-1] if head is None else head.weight.shape[0]
+
+
+def product_dtype(states: Tensor) -> torch.dtype:
+    """What the head's product is computed in: autocast's dtype where that is on, else that of the states."""
+    device = states.device.type
+    if torch.is_autocast_enabled(device) and states.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return states.dtype
+
+
+def head_logits(rows: Tensor, head: Head | None, dtype: torch.dtype) -> Tensor:
+    """Logits in fp32 (fp64 for fp64 input), in new memory unless `head` is None and the rows are in it already.
+
+    Args:
+        rows: (n, h), or the logits (n, V) themselves if `head` is None.
+        head: the head, or None.
+        dtype: what the product is computed in.
+    """
+    if head is None:
+        return rows.to(wide(rows.dtype))
+    with torch.autocast(head.weight.device.type, enabled=False):
+        bias = None if head.bias is None else head.bias.to(head.weight.device, dtype)
+        logits = F.linear(rows.to(head.weight.device, dtype), head.weight.to(dtype), bias).to(wide(dtype))
+    if head.scale != 1:
+        logits.mul_(head.scale)
+    return logits if head.softcap is None else logits.div_(head.softcap).tanh_().mul_(head.softcap)
+
+
+def softmax_and_normaliser(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax (n, V) and log-sum-exp (n,) of the logits with one exponential per entry."""
+    probabilities = torch.softmax(logits, -1)
+    largest, where = logits.max(-1, keepdim=True)
+    return probabilities, (largest - probabilities.gather(-1, where).log()).squeeze(-1)
+
+
+def token_loss(states: Tensor, head: Head | None, task: TokenTask) -> TokenLoss:
+    """Sums over the positions of the task, not yet divided by their number.
+
+    Args:
+        states: (M, h), or logits (M, V) if `head` is None; on the device of the head.
+        head: the student's head.
+        task: what to compute.
+
+    Returns:
+        The sums in fp32, differentiable in states and head.
+    """
+    weight, bias = (None, None) if head is None else (head.weight, head.bias)
+    needs = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in (states, weight, bias))
+    return TokenLoss(*_TokenLoss.apply(states, weight, bias, head, task, needs))
+
+
+def _chunk_loss(logits: Tensor, part: slice, task: TokenTask, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
+    """(sum of CE, sum of temperature² · KL) and the gradient (n, V) of the weighted sum by the logits."""
+    labels, zero = task.labels[part].unsqueeze(-1), logits.new_zeros(())
+    ce, kl, gradient, probabilities = zero, zero, None, None
+    tempered = logits if task.temperature == 1 else logits / task.temperature
+    if task.target is not None:
+        probabilities, normaliser = softmax_and_normaliser(tempered)
+        rows, wanted = task.target(task.positions[part], tempered, normaliser)
+        kl = rows.sum() * task.temperature**2
+        if with_gradient:
+            gradient = wanted.neg_().add_(probabilities).mul_(task.kl_weight * task.temperature)
+    if task.ce_weight:
+        if probabilities is None or task.temperature != 1:
+            probabilities, normaliser = softmax_and_normaliser(logits)
+        smoothing = task.label_smoothing
+        ce = (normaliser - (1 - smoothing) * logits.gather(-1, labels).squeeze(-1)).sum()
+        if smoothing:
+            ce = ce - smoothing * logits.mean(-1).sum()
+        if with_gradient:
+            share = probabilities.sub_(smoothing / logits.shape[-1]) if smoothing else probabilities
+            share.scatter_add_(-1, labels, torch.full_like(labels, smoothing - 1, dtype=share.dtype))
+            share.mul_(task.ce_weight)
+            gradient = share if gradient is None else gradient.add_(share)
+    return torch.stack([ce, kl]), gradient
+
+
+def _through_cap(gradient: Tensor, logits: Tensor, head: Head) -> Tensor:
+    """The gradient by the head's product, from that by the logits, in place."""
+    if head.softcap is not None:
+        gradient.mul_(1 - (logits / head.softcap).square_())
+    return gradient if head.scale == 1 else gradient.mul_(head.scale)
+
+
+class _TokenLoss(torch.autograd.Function):
+    """See `token_loss`; keeps the gradients of the summed loss for a total gradient of 1."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        states: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        head: Head | None,
+        task: TokenTask,
+        needs: tuple[bool, bool, bool],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        dtype = states.dtype if head is None else product_dtype(states)
+        if head is not None:
+            head = head._replace(weight=head.weight.to(dtype))  # once, not in every chunk
+        sums = torch.zeros(2, dtype=wide(dtype), device=states.device)
+        # positions without a label keep a gradient of 0
+        gradients = [
+            torch.zeros_like(states) if needs[0] else None,
+            torch.zeros_like(weight, dtype=wide(dtype)) if needs[1] and weight is not None else None,
+            torch.zeros_like(bias, dtype=wide(dtype)) if needs[2] and bias is not None else None,
+        ]
+        for start in range(0, len(task.positions), task.chunk):
+            part = slice(start, start + task.chunk)
+            rows = states[task.positions[part]].to(dtype)
+            logits = head_logits(rows, head, dtype)
+            values, gradient = _chunk_loss(logits, part, task, any(needs))
+            sums += values
+            if gradient is not None:
+                gradient = gradient if head is None else _through_cap(gradient, logits, head)
+                _spread(gradient, rows, head, task.positions[part], gradients)
+        ctx.save_for_backward(*gradients)
+        ctx.dtypes = [None if t is None else t.dtype for t in (states, weight, bias)]
+        ce, kl = sums.unbind()
+        ctx.mark_non_differentiable(ce, kl)
+        return task.ce_weight * ce + task.kl_weight * kl, ce, kl
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        scaled = [
+            None if kept is None else (kept * grad).to(dtype)
+            for kept, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        ]
+        return *scaled, None, None, None
+
+
+def _spread(
+    gradient: Tensor, rows: Tensor, head: Head | None, positions: Tensor, gradients: list[Tensor | None]
+) -> None:
+    """Add what a chunk's gradient by its products (n, V) means for states, weight and bias."""
+    to_states, to_weight, to_bias = gradients
+    if head is None:
+        if to_states is not None:
+            to_states.index_copy_(0, positions, gradient.to(to_states.dtype))
+        return
+    if to_bias is not None:
+        to_bias.add_(gradient.sum(0))
+    gradient = gradient.to(rows.dtype)
+    with torch.autocast(rows.device.type, enabled=False):
+        if to_states is not None:
+            to_states.index_copy_(0, positions, (gradient @ head.weight).to(to_states.dtype))
+        if to_weight is not None and to_weight.dtype == rows.dtype:
+            to_weight.addmm_(gradient.t(), rows)
+        elif to_weight is not None:
+            to_weight.add_(gradient.t() @ rows)
