@@ -4,7 +4,7 @@
 
 A bfloat16 tensor in the memory of this machine is worked on by compiled loops, which read each kept entry once and
 write it once, in blocks that stay in the first-level cache. Everything else goes through torch, with the same bits.
-The loops are compiled by Numba at first use and kept on disk.
+The loops are compiled by Numba at first use, see `sparse_ft.compiling`.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
 from numpy.typing import NDArray
 from torch import Tensor
+
+from sparse_ft.compiling import compiled
 
 _BLOCK = 1024  # entries worked on together
 _ROUND = np.uint32(0x7FFF)
@@ -131,7 +132,7 @@ def _note_write(tensor: Tensor) -> None:
 
 
 # error_model="numpy": a check for division by zero would keep the loops from using vector instructions.
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled(error_model="numpy")
 def _add(
     flat: np.ndarray,
     index: np.ndarray,
@@ -164,7 +165,7 @@ def _add(
     return bool(worst == 0)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled(error_model="numpy")
 def _sum(before: np.ndarray, values: np.ndarray, scale: np.float32, base: np.ndarray, delta: np.ndarray) -> None:
     """delta = values / scale and base = before + delta, from the bits of bfloat16."""
     base_bits, delta_bits = base.view(np.uint32), delta.view(np.uint32)
@@ -176,7 +177,7 @@ def _sum(before: np.ndarray, values: np.ndarray, scale: np.float32, base: np.nda
         base[i] = base[i] + delta[i]
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled(error_model="numpy")
 def _cast(bits: np.ndarray, delta: np.ndarray, before: np.ndarray, new: np.ndarray) -> np.uint32:
     """Round fp32 bits to bfloat16, to nearest, ties to even; not 0 if one is infinite or NaN."""
     worst = _ONE & _SIXTEEN
@@ -190,7 +191,7 @@ def _cast(bits: np.ndarray, delta: np.ndarray, before: np.ndarray, new: np.ndarr
     return worst
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _put(flat: np.ndarray, index: np.ndarray, values: np.ndarray) -> None:
     for i in range(len(index)):
         flat[index[i]] = values[i]

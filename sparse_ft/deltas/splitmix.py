@@ -1,6 +1,6 @@
 """Random keep bits as a compiled loop over SplitMix64, the counter-based generator whose outputs are drawn in vectors.
 
-Four elements share a 64-bit output, 16 bits each. Compiled by Numba at first use and kept on disk.
+Four elements share a 64-bit output, 16 bits each. Compiled by Numba at first use, see `sparse_ft.compiling`.
 
 Source: Steele, Lea, Flood, Fast splittable pseudorandom number generators, OOPSLA 2014.
 """
@@ -8,7 +8,8 @@ Source: Steele, Lea, Flood, Fast splittable pseudorandom number generators, OOPS
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+
+from sparse_ft.compiling import compiled
 
 #: Elements per 64-bit output.
 PER_WORD = 4
@@ -17,7 +18,7 @@ _GAMMA, _MIX0, _MIX1 = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5
 _ONE = np.uint64(1)
 
 
-@njit(nogil=True, cache=True, inline="always")
+@compiled(inline="always")
 def _output(seed: np.uint64, position: np.uint64) -> np.uint64:
     """Output number `position` (from 0)."""
     z = seed + (position + _ONE) * _GAMMA
@@ -26,14 +27,14 @@ def _output(seed: np.uint64, position: np.uint64) -> np.uint64:
     return z ^ (z >> np.uint64(31))
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _fill(words: np.ndarray, seed: np.uint64, first: np.uint64) -> None:
     """Outputs number `first` and following."""
     for i in range(words.size):
         words[i] = _output(seed, first + np.uint64(i))
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _compare(pieces: np.ndarray, keep: np.ndarray, whole: np.uint16) -> bool:
     """Keep what is below `whole`; whether anything is equal to it."""
     equal = False
@@ -43,7 +44,7 @@ def _compare(pieces: np.ndarray, keep: np.ndarray, whole: np.uint16) -> bool:
     return equal
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _decide(
     pieces: np.ndarray, keep: np.ndarray, whole: np.uint16, fraction: np.uint64, seed: np.uint64, start: int
 ) -> None:
@@ -53,7 +54,7 @@ def _decide(
             keep[i] = _output(seed, np.uint64(start + i)) < fraction
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def keep_words(
     key0: np.uint64, key1: np.uint64, start: int, whole: np.uint16, fraction: np.uint64, keep: np.ndarray
 ) -> None:
