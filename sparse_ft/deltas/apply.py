@@ -88,21 +88,28 @@ def restored(
         scale: q to use in place of the stored one.
 
     Raises:
-        ValueError: if a weight becomes infinite.
+        ValueError: if a weight becomes infinite, or is too large for float16.
     """
     part = file.header.tensors[name]
     dtype = _planned(part, dtype)[0]
     if part.kind == "finetuned":
-        return file.whole(name).to(dtype)
+        return _cast(name, file.whole(name), dtype)
     tensor = base.get(name)
     if part.kind == "base":
-        return tensor.to(dtype)
+        return _cast(name, tensor, dtype)
     tensor = tensor[: part.rows] if part.kind == "resized" else tensor
     index = torch.from_numpy(file.positions(name))
     divisor = file.header.scale_of(name) if scale is None else scale
-    result = tensor.to(dtype, copy=True).contiguous()
+    result = _cast(name, tensor, dtype).clone(memory_format=torch.contiguous_format)
     result.view(-1)[index] = add_kept(tensor.reshape(-1)[index], file.values(name), divisor, dtype)
-    return torch.cat([result, file.whole(name).to(dtype)]) if part.kind == "resized" else result
+    return torch.cat([result, _cast(name, file.whole(name), dtype)]) if part.kind == "resized" else result
+
+
+def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    result = tensor.to(dtype)
+    if dtype == torch.float16 and bool((result.isinf() & tensor.isfinite()).any()):
+        raise ValueError(f"'{name}' has values beyond 65504, the largest of float16; use bfloat16 or float32.")
+    return result
 
 
 def _planned(part: Part, dtype: torch.dtype | None) -> tuple[torch.dtype, tuple[int, ...]]:

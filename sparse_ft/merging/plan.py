@@ -47,7 +47,7 @@ class Source:
     Attributes:
         model: index into `MergePlan.models`.
         name: the tensor's name in that model.
-        parameters: the method's settings for this tensor of this model: `weight`, `density`, `gamma`, `epsilon`.
+        parameters: the method's settings for this tensor of this model: `weight`, `density`, `gamma`, `epsilon`, `q`.
         rows: for a vocabulary that is not the output's: (output rows,) int64, the row of this tensor to be used, or
             `NO_ROW` where this model has none (`TensorPlan.fallbacks` says what it takes instead), or `ZERO_ROW` for
             a row of zeros. None takes the tensor as it is.
@@ -69,7 +69,7 @@ class TensorPlan:
         dtype: dtype it is written in.
         base: the base model's tensor; None for methods without a base.
         sources: the other models that have it. With a `copy`, only that one is read.
-        parameters: settings of the whole tensor: `normalize`, `rescale`, `lambda`, `t`.
+        parameters: settings of the whole tensor: `normalize`, `rescale`, `lambda`, `t`, `shared_drop`.
         copy: take this tensor as it is (cast to `dtype`), merging nothing: integer buffers, tensors of one model only.
         fallbacks: where a source (or the base) has `NO_ROW`, it takes the row of the first of these that has one, else
             the base's, else the mean of all `sources` that have one (in fp32), else zeros. So it is one row that

@@ -58,6 +58,23 @@ def test_the_result_is_the_method_on_the_tensors(method: str, dtype: torch.dtype
         assert same_bits(found[name], expected), name
 
 
+@pytest.mark.parametrize("excluded", ["keep-finetuned", "take-base"])
+def test_weights_too_large_for_float16_are_named_wherever_they_come_from(excluded: str, tmp_path: Path) -> None:
+    base = base_tensors()
+    tuned = tuned_tensors(base)
+    for name in (UP, "lm_head.weight"):
+        spoiled = {n: {k: t.clone() for k, t in tensors.items()} for n, tensors in (("b", base), ("t", tuned))}
+        for tensors in spoiled.values():
+            tensors[name][1, 1] = 1e6
+        selection = Selection(exclude=("lm_head",), excluded=excluded)
+        places = write(tmp_path / f"base-{name}", spoiled["b"]), write(tmp_path / f"tuned-{name}", spoiled["t"])
+        delta = tmp_path / f"delta-{name}"
+        extract_delta(*places, delta, Settings(density=0.01, selection=selection), progress=False)
+        with pytest.raises(ValueError, match=f"'{name}' has values beyond 65504"):
+            apply_checkpoint(places[0], delta, tmp_path / "out", dtype=torch.float16, progress=False)
+        assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_what_is_not_kept_has_the_bits_of_the_base(dtype: torch.dtype, tmp_path: Path) -> None:
     base = base_tensors(dtype)
