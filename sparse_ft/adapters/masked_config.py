@@ -20,7 +20,7 @@ from peft import LoraConfig, PeftType
 from peft.config import CONFIG_NAME
 from torch import Tensor
 
-from sparse_ft.masks import MASKS_FILE, MaskSet
+from sparse_ft.masks import MASKS_FILE, MaskSet, pack_bits
 
 PRUNED = "pruned"
 
@@ -147,10 +147,12 @@ class MaskedLoraConfig(LoraConfig):
         """Whether the parameter belongs to one of `dense_modules`."""
         return name.removesuffix(".weight") in (self.dense_modules or ())
 
-    def mask_of(self, name: str) -> Tensor:
-        """The parameter's mask; a single True for one of `dense_modules`."""
+    def packed_mask(self, name: str) -> tuple[Tensor, tuple[int, ...]]:
+        """The parameter's mask as `MaskSet.packed` has it, and its shape; a single True for one of `dense_modules`."""
         assert self.masks is not None, "record() comes first"
-        return torch.tensor(True) if self.is_dense(name) else self.masks[name]
+        if self.is_dense(name):
+            return pack_bits(torch.tensor(True)), ()
+        return self.masks.packed(name), self.masks.shape(name)
 
     def made_for(self) -> str:
         """What an adapter's tensors depend on besides their mask: the method and the base."""

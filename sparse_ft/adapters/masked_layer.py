@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from sparse_ft.adapters.combining import Factors, concatenated, summed, truncated
 from sparse_ft.adapters.effective_weight import Weight
 from sparse_ft.adapters.mask_lora_function import mask_lora_delta
-from sparse_ft.masks import keep_bits, pack_bits, unpack_bits
+from sparse_ft.masks import keep_bits, unpack_bits
 
 
 class AdapterMask(nn.Module):
@@ -34,19 +34,20 @@ class AdapterMask(nn.Module):
 
     Args:
         name: parameter the mask belongs to, for messages.
-        mask: bool in the layout of the weight, or a single True for a weight that is not pruned.
+        packed: `pack_bits` of the mask in the layout of the weight, held as it is: a `MaskSet`'s own is not copied.
+        shape: of the mask; () stands for a single True, for a weight that is not pruned.
         made_for: what else the adapter depends on, such as `MaskSet.weights_digest` of the base model.
     """
 
     fingerprint: Tensor
 
-    def __init__(self, name: str, mask: Tensor, made_for: str) -> None:
+    def __init__(self, name: str, packed: Tensor, shape: Sequence[int], made_for: str) -> None:
         super().__init__()
         self.name = name
-        packed = pack_bits(mask.cpu())
         # one bit per weight stays in memory, one byte would be a quarter of an 8-bit model's weights again and more
-        self.keep = packed.to(mask.device) if mask.numel() > 1 else keep_bits(mask)
-        self._made_for = hashlib.sha256(f"{tuple(mask.shape)}|{made_for}|".encode() + packed.numpy().tobytes()).digest()
+        self.keep = packed if torch.Size(shape).numel() > 1 else keep_bits(unpack_bits(packed, shape))
+        head = f"{tuple(shape)}|{made_for}|".encode()
+        self._made_for = hashlib.sha256(head + packed.cpu().numpy().tobytes()).digest()
         self._checked: Tensor | None = None  # the fingerprint that was found to be right
         self.register_buffer("fingerprint", torch.frombuffer(bytearray(self._made_for), dtype=torch.uint8))
 

@@ -92,7 +92,7 @@ class MaskedLoraModel(LoraModel):
             and adapter_name in layer.lora_A
         )
         name = canonical_name(current_key if parameter_name else f"{current_key}.weight")
-        layer.set_mask(adapter_name, AdapterMask(name, lora_config.mask_of(name), lora_config.made_for()))
+        layer.set_mask(adapter_name, AdapterMask(name, *lora_config.packed_mask(name), lora_config.made_for()))
 
     def _create_new_module(
         self, lora_config: MaskedLoraConfig, adapter_name: str, target: nn.Module, **kwargs: Any

@@ -10,6 +10,7 @@ from adapters.saved_adapter import Saved, by_second_adapter, by_transformers, fi
 from adapters.sparse_models import CONFIGS, adapted, every_method, logits, snapshot, sparse_model, train
 from peft import LoraConfig, PeftModel, get_peft_model
 
+from sparse_ft.adapters.masked_layer import AdapterMask
 from sparse_ft.masks import MASKS_FILE, MaskSet
 from sparse_ft.models import named_weights
 
@@ -100,6 +101,16 @@ def test_the_mask_of_a_dense_module_takes_no_memory() -> None:
     peft_model = adapted(model, masks, dense_modules=["lm_head"])
     head = peft_model.get_submodule("base_model.model.lm_head")
     assert head.lora_mask["default"].keep.numel() == 1
+
+
+def test_a_mask_is_held_once() -> None:
+    """One bit per weight, in the user's own set: neither the config nor the layers copy it."""
+    model, masks = sparse_model()
+    peft_model = adapted(model, masks)
+    kept = {layer.name: layer.keep for layer in peft_model.modules() if isinstance(layer, AdapterMask)}
+    assert kept.keys() == set(masks)
+    for name, bits in kept.items():
+        assert bits.data_ptr() == masks.packed(name).data_ptr()
 
 
 def test_rank_and_alpha_of_the_head_are_its_own() -> None:

@@ -7,9 +7,10 @@ A step is forward, backward, AdamW and zero_grad of a Llama built from its confi
 weights under bf16 autocast), `bf16` (bf16 weights, adapters in fp32 where PEFT keeps them so) and `fp32`. The floor is
 plain LoRA that also computes one weight gradient per adapted layer and throws it away: what a masked update cannot do
 without. HiRA and DoRA are PEFT's. Variants of one precision run in one process, in turn, and a result is the median
-over rounds of the ratio to plain LoRA in the same round. Memory is the peak of two steps in a process of its own, with
-activation checkpointing and without; `over_lora_weights` is its distance from plain LoRA's in copies of the largest
-weight.
+over rounds of the ratio to plain LoRA in the same round. Memory is that of two steps in a process of its own, with
+activation checkpointing and without: `held_mb` before them (libraries, model, adapters, and of a masked adapter one bit
+per weight), `peak_mb` in them, and `over_lora_weights` by how much the rise from one to the other exceeds plain LoRA's,
+in copies of the largest weight.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
+import json
 import multiprocessing
 import os
 import resource
@@ -175,13 +177,15 @@ def measure_times(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
 
 def peak_memory(name: str, args: argparse.Namespace, queue: Any) -> None:
-    """Peak of this process in MB: resident memory, or what CUDA allocated."""
+    """MB of this process before two steps, and their peak: resident memory, or what CUDA allocated."""
     torch.set_num_threads(args.threads)
     run = Run(name, args)
     forget_preparation()
+    measure = peak_resident if args.device != "cuda" else lambda: torch.cuda.max_memory_allocated() / 2**20
+    held = measure()
     run.step()
     run.step()
-    queue.put(torch.cuda.max_memory_allocated() / 2**20 if args.device == "cuda" else peak_resident())
+    queue.put((round(held, 1), round(measure(), 1)))
 
 
 def forget_preparation() -> None:
@@ -203,7 +207,7 @@ def peak_resident() -> float:
     return float(status.read_text().split("VmHWM:")[1].split()[0]) / 1024
 
 
-def measure_memory(args: argparse.Namespace) -> dict[str, float]:
+def measure_memory(args: argparse.Namespace) -> dict[str, tuple[float, float]]:
     context = multiprocessing.get_context("spawn")
     # What is freed goes back to the system at once: else the heap's own habits are 50 MB of noise.
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
@@ -212,7 +216,7 @@ def measure_memory(args: argparse.Namespace) -> dict[str, float]:
         queue = context.Queue()
         process = context.Process(target=peak_memory, args=(name, args, queue))
         process.start()
-        peaks[name] = round(queue.get(), 1)
+        peaks[name] = queue.get()
         process.join()
     return peaks
 
@@ -223,9 +227,10 @@ def add_memory(rows: dict[str, dict[str, Any]], args: argparse.Namespace) -> Non
     largest = size["hidden_size"] * size["intermediate_size"] * DTYPES[args.precision].itemsize / 2**20
     for suffix, checkpointing in (("", False), ("_checkpointing", True)):
         peaks = measure_memory(argparse.Namespace(**vars(args) | {"checkpointing": checkpointing}))
-        for name, peak in peaks.items():
-            rows[name][f"peak_mb{suffix}"] = peak
-            rows[name][f"over_lora_weights{suffix}"] = round((peak - peaks["lora"]) / largest, 2)
+        rise = {name: peak - held for name, (held, peak) in peaks.items()}
+        for name, (held, peak) in peaks.items():
+            rows[name][f"held_mb{suffix}"], rows[name][f"peak_mb{suffix}"] = held, peak
+            rows[name][f"over_lora_weights{suffix}"] = round((rise[name] - rise["lora"]) / largest, 2)
 
 
 def main() -> None:
@@ -243,22 +248,29 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--memory_only", action="store_true", help="measure memory for rows whose times are there")
     parser.add_argument("--output", default=str(REPOSITORY / "docs/results/adapters/step.json"))
     args = parser.parse_args()
     if "lora" not in args.variants:
         parser.error("the variants must include lora, the reference")
     torch.set_num_threads(args.threads)
-    hidden = ("output", "seed")
+    hidden = ("output", "seed", "memory_only", "no_memory")
     protocol = {k: v for k, v in vars(args).items() if k not in hidden}
     rows: list[dict[str, Any]] = []
     for precision in args.precisions:
         args.precision, args.checkpointing = precision, False
-        measured = measure_times(args)
+        if args.memory_only:
+            known = json.loads(Path(args.output).read_text(encoding="utf-8"))["rows"]
+            measured = {row["variant"]: row for row in known if row["precision"] == precision}
+        else:
+            measured = measure_times(args)
         if not args.no_memory:
             add_memory(measured, args)
         rows += measured.values()
         print_table(list(measured.values()))
-        write_result(args.output, __file__, rows, protocol, [args.seed])
+        if not args.memory_only:
+            write_result(args.output, __file__, rows, protocol, [args.seed])
+    write_result(args.output, __file__, rows, protocol, [args.seed])
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
