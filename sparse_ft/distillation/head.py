@@ -208,6 +208,7 @@ class _TokenLoss(torch.autograd.Function):
                 gradient = gradient if head is None else _through_cap(gradient, logits, head)
                 _spread(gradient, rows, head, task.positions[part], gradients)
         ctx.save_for_backward(*gradients)
+        ctx.values_at_a_time = task.chunk * vocabulary(states, head)
         ctx.dtypes = [None if t is None else t.dtype for t in (states, weight, bias)]
         ce, kl = sums.unbind()
         ctx.mark_non_differentiable(ce, kl)
@@ -217,10 +218,19 @@ class _TokenLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         scaled = [
-            None if kept is None else (kept * grad).to(dtype)
+            None if kept is None else _scaled(kept, grad, dtype, ctx.values_at_a_time)
             for kept, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
         return *scaled, None, None, None
+
+
+def _scaled(kept: Tensor, grad: Tensor, dtype: torch.dtype, values: int) -> Tensor:
+    """kept · grad in `dtype`, multiplied in fp32, `values` at a time: a bf16 tensor would round the factor first."""
+    result = torch.empty_like(kept, dtype=dtype)
+    rows = max(1, values // max(1, kept[:1].numel()))
+    for part, into in zip(kept.split(rows), result.split(rows), strict=True):
+        into.copy_(part.to(grad.dtype) * grad)
+    return result
 
 
 def _spread(

@@ -110,7 +110,7 @@ def sum_over_layers(
     device = student_states[0].device
     total, values = torch.zeros((), device=device), []
     for index, (student, teacher, weight) in enumerate(zip(student_states, teacher_states, weights, strict=True)):
-        value = layer_loss(index, student if weight else student.detach(), teacher)
+        value = layer_loss(index, student, teacher)
         values.append(value.detach().to(device))
         total = total + weight * value.to(device) if weight else total
     return FeatureLoss(total, torch.stack(values))

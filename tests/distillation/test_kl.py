@@ -287,6 +287,22 @@ def test_gradients_of_a_bf16_head_are_summed_in_fp32() -> None:
     torch.testing.assert_close(weight.grad.flatten().tolist(), [float(wanted), float(-wanted)], rtol=4e-3, atol=0)
 
 
+@pytest.mark.parametrize("through_head", [False, True])
+def test_the_number_of_items_is_not_rounded_to_bf16(through_head: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    items = 300  # 1 / 300 lies between two bf16 numbers
+    rounded = torch.tensor(1 / items).bfloat16().item()
+    assert abs(rounded * items - 1) > 1.5e-3
+    s = torch.randn(1, 256, 64, generator=generator).bfloat16().requires_grad_()
+    head = Head(torch.eye(64).bfloat16()) if through_head else None
+    labels = torch.randint(0, 64, (1, 256), generator=generator)
+    ce_kl_loss(s, labels, head=head, shift=False, num_items=items).total.backward()
+    wide = s.detach().double().requires_grad_()
+    (F.cross_entropy(wide[0], labels[0], reduction="sum") / items).backward()
+    factor = (s.grad.double() * wide.grad).sum() / wide.grad.square().sum()
+    assert abs(factor - 1) < 5e-4
+
+
 def test_only_what_is_trained_gets_gradients() -> None:
     p = problem()
     for name in ("teacher", "teacher_weight", "weight"):
