@@ -11,8 +11,8 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
 
+from sparse_ft.compiling import compiled
 from sparse_ft.merging.bits import INFINITE, larger, narrow_like, plus, widen
 
 _BLOCK = 2048
@@ -20,7 +20,7 @@ _LONG_BLOCK = 4096  # where fewer sums are kept
 _ZERO, _ONE = np.float32(0), np.float32(1)
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def subtract(values: np.ndarray, base: np.ndarray) -> bool:
     """values - base, in place; both (n,) fp32. Whether a difference is NaN or infinite."""
     worst = np.uint32(0)
@@ -31,14 +31,14 @@ def subtract(values: np.ndarray, base: np.ndarray) -> bool:
     return bool(worst >= INFINITE)
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def drop(values: np.ndarray, keep: np.ndarray) -> None:
     """Set the (n,) fp32 values to +0 where `keep` (n,) uint8 is 0, in place."""
     for i in range(values.size):
         values[i] = values[i] if keep[i] else _ZERO
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def drop_small(values: np.ndarray, threshold: np.float32, before: int) -> None:
     """Set (n,) fp32 values to +0 that are smaller than a threshold, in place, and from `before` on also equal ones."""
     first, rest = values[:before], values[before:]
@@ -48,7 +48,7 @@ def drop_small(values: np.ndarray, threshold: np.float32, before: int) -> None:
         rest[i] = rest[i] if abs(rest[i]) > threshold else _ZERO
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _flagged(flags: np.ndarray, places: np.ndarray) -> int:
     """Write the indices of flags (n,) uint8 that are 1 to `places` (n,), and count them; n is a multiple of 8.
 
@@ -63,7 +63,7 @@ def _flagged(flags: np.ndarray, places: np.ndarray) -> int:
     return found
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def collect(
     base: np.ndarray, model: np.ndarray, low: np.float32, high: np.float32, found: np.ndarray
 ) -> tuple[int, int, int, int, bool]:
@@ -95,7 +95,7 @@ def collect(
     return counts[0], counts[1], counts[2] if high > low else 0, inside, bool(worst >= INFINITE)
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _compare(
     model: np.ndarray, old: np.ndarray, low: np.float32, high: np.float32, flags: np.ndarray, counts: np.ndarray
 ) -> np.uint32:
@@ -117,14 +117,14 @@ def _compare(
     return worst
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def sizes(base: np.ndarray, model: np.ndarray, out: np.ndarray) -> None:
     """out = |model - base|, all (n,), `out` fp32 and the others of one dtype."""
     for i in range(out.size):
         out[i] = abs(widen(model[i]) - widen(base[i]))
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def place_of(base: np.ndarray, model: np.ndarray, value: np.float32, number: int) -> int:
     """Index of entry number `number` (from 1) of those whose |model - base| is `value`; n if there are fewer."""
     flags, places, seen = np.zeros(_BLOCK, np.uint8), np.empty(_BLOCK, np.int32), 0
@@ -186,14 +186,14 @@ class Election(NamedTuple):
     normalize: bool
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _load(source: np.ndarray, target: np.ndarray) -> None:
     """Convert a block to fp32."""
     for i in range(source.size):
         target[i] = widen(source[i])
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _add(
     model: np.ndarray, old: np.ndarray, keep: np.ndarray, above: np.float32, factor: np.float32, total: np.ndarray
 ) -> np.uint32:
@@ -211,7 +211,7 @@ def _add(
     return worst
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _sort(
     model: np.ndarray, old: np.ndarray, keep: np.ndarray, above: np.float32, factor: np.float32, sign: np.float32,
     weight: np.float32, sums: np.ndarray,
@@ -236,7 +236,7 @@ def _sort(
     return worst
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _tally(vote: np.ndarray, sums: np.ndarray, flags: np.ndarray) -> int:
     """Flag the entries without a majority to whom it matters; by how many positive signs outnumber negative ones."""
     up, down = sums[:_BLOCK], sums[_BLOCK : 2 * _BLOCK]
@@ -247,7 +247,7 @@ def _tally(vote: np.ndarray, sums: np.ndarray, flags: np.ndarray) -> int:
     return int(positive) - int(negative)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled(error_model="numpy")
 def _elect(
     old: np.ndarray, vote: np.ndarray, sums: np.ndarray, least: np.float32, lam: np.float32, out: np.ndarray
 ) -> None:
@@ -261,7 +261,7 @@ def _elect(
         out[i] = narrow_like(old[i] + lam * (total / (divisor if abs(divisor) >= least else _ONE)), out)
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _add_delta(
     deltas: Any, k: int, start: int, old: np.ndarray, all_kept: np.ndarray, factor: np.float32, total: np.ndarray
 ) -> None:
@@ -277,7 +277,7 @@ def _add_delta(
     deltas.strange[k] |= worst >= INFINITE
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def weighted_sum(out: np.ndarray, base: np.ndarray, deltas: Any, factors: np.ndarray, lam: np.float32) -> None:
     """out = base + lam * sum_k factors_k delta_k.
 
@@ -299,14 +299,14 @@ def weighted_sum(out: np.ndarray, base: np.ndarray, deltas: Any, factors: np.nda
         _finish(old, total, lam, out[start : start + raw.size])
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _finish(old: np.ndarray, total: np.ndarray, lam: np.float32, out: np.ndarray) -> None:
     """out = old + lam * total."""
     for i in range(out.size):
         out[i] = narrow_like(old[i] + lam * total[i], out)
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _sort_delta(
     deltas: Any, k: int, start: int, old: np.ndarray, all_kept: np.ndarray, election: Any, sums: np.ndarray
 ) -> None:
@@ -329,7 +329,7 @@ def _sort_delta(
     deltas.strange[k] |= worst >= INFINITE
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def elected_sum(
     out: np.ndarray, base: np.ndarray, deltas: Any, election: Any, lam: np.float32, negative: np.ndarray,
     places: np.ndarray,
