@@ -1,4 +1,4 @@
-"""sparse_ft: prune Hugging Face models, fine-tune them and merge adapters with the zeros exactly kept.
+"""sparse_ft: prune Hugging Face models, fine-tune them and merge adapters and deltas with the zeros exactly kept.
 
     import sparse_ft
 
@@ -25,20 +25,26 @@ if TYPE_CHECKING:
     from sparse_ft.adapters import ScaleLoraConfig as ScaleLoraConfig
     from sparse_ft.adapters import ScaleLoraModel as ScaleLoraModel
     from sparse_ft.adapters import merge_into_base as merge_into_base
+    from sparse_ft.deltas import Delta as Delta
+    from sparse_ft.deltas import extract_delta as extract_delta
     from sparse_ft.evaluation import perplexity as perplexity
     from sparse_ft.evaluation import sparsity_table as sparsity_table
     from sparse_ft.masks import MaskSet as MaskSet
     from sparse_ft.masks import Pattern as Pattern
+    from sparse_ft.merging import merge_checkpoints as merge_checkpoints
     from sparse_ft.models import find_targets as find_targets
     from sparse_ft.pruning import prune as prune
     from sparse_ft.pruning import prune_checkpoint as prune_checkpoint
     from sparse_ft.pruning import prune_retrain as prune_retrain
     from sparse_ft.reconstruction import reconstruct as reconstruct
     from sparse_ft.reconstruction import reconstruct_checkpoint as reconstruct_checkpoint
+    from sparse_ft.training import AdamR as AdamR
     from sparse_ft.training import MaskCallback as MaskCallback
 
 # public name -> the room that defines it
 _ROOM_OF = {
+    "AdamR": "training",
+    "Delta": "deltas",
     "LoraPruneConfig": "adapters",
     "LoraPruneModel": "adapters",
     "MaskCallback": "training",
@@ -48,7 +54,9 @@ _ROOM_OF = {
     "Pattern": "masks",
     "ScaleLoraConfig": "adapters",
     "ScaleLoraModel": "adapters",
+    "extract_delta": "deltas",
     "find_targets": "models",
+    "merge_checkpoints": "merging",
     "merge_into_base": "adapters",
     "perplexity": "evaluation",
     "prune": "pruning",
@@ -60,6 +68,8 @@ _ROOM_OF = {
 }
 
 __all__ = [
+    "AdamR",
+    "Delta",
     "LoraPruneConfig",
     "LoraPruneModel",
     "MaskCallback",
@@ -70,7 +80,9 @@ __all__ = [
     "ScaleLoraConfig",
     "ScaleLoraModel",
     "__version__",
+    "extract_delta",
     "find_targets",
+    "merge_checkpoints",
     "merge_into_base",
     "perplexity",
     "prune",
