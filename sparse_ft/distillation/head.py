@@ -225,7 +225,7 @@ class _TokenLoss(torch.autograd.Function):
 
 
 def _scaled(kept: Tensor, grad: Tensor, dtype: torch.dtype, values: int) -> Tensor:
-    """kept · grad in `dtype`, multiplied in fp32, `values` at a time: a bf16 tensor would round the factor first."""
+    """kept · grad in `dtype`, multiplied in fp32, `values` at a time: bf16 · fp32 scalar may round the scalar first."""
     result = torch.empty_like(kept, dtype=dtype)
     rows = max(1, values // max(1, kept[:1].numel()))
     for part, into in zip(kept.split(rows), result.split(rows), strict=True):
