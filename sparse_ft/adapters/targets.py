@@ -59,7 +59,11 @@ def prepare(config: MaskedLoraConfig, model: nn.Module, layer_for: LayerFor) -> 
     masks = _only(masks, names)
     _check_biases(config, names, dense, parts)
     if any(len(masks.shape(name)) == 3 for name in names) and config.lora_dropout:
-        raise ValueError("lora_dropout does not work on fused experts; set it to 0, or exclude the experts.")
+        stacks = next(name for name in names if len(masks.shape(name)) == 3)
+        raise ValueError(
+            f"lora_dropout is {config.lora_dropout:g}, which does not work on fused experts such as '{stacks}'; "
+            f"set it to 0, or name target_modules without them."
+        )
     # first whether a saved adapter's masks and base are these: zeros that are missing would only be a symptom
     config.record(masks, bits_digest(masks), base_digest(masks, model, dense))
     verify_zeros(masks, model)

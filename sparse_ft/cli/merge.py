@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, cast
 
 from sparse_ft.checkpoints import check_output_dir
@@ -43,6 +44,19 @@ class MergeArguments:
 GROUPS = (MergeArguments,)
 
 
+def _check_template(name: str) -> None:
+    """Say where a shipped recipe is that was meant: it names no models of the user's, so it cannot be run as it is."""
+    if Path(name).exists():
+        return
+    from sparse_ft.cli.parser import find_recipe
+
+    try:
+        found = find_recipe(name)
+    except FileNotFoundError:
+        return
+    raise ValueError(f"'{name}' is a shipped template, '{found}'; copy that file and write your models into it.")
+
+
 def run(argv: Sequence[str]) -> int:
     """Merge as one command line says; the exit code."""
     how = parse_plain(
@@ -58,6 +72,7 @@ def run(argv: Sequence[str]) -> int:
         raise ValueError(f"Unknown compat '{how.compat}'; give 'mergekit' or 'paper'.")
     if how.threads is not None and how.threads < 1:
         raise ValueError(f"--threads is {how.threads}; give at least 1.")
+    _check_template(how.yaml)
     if not how.dry_run:
         check_output_dir(how.output_dir, overwrite=how.overwrite)
     from sparse_ft.merging.merge import merge_checkpoints, prepare_merge

@@ -144,5 +144,6 @@ def _check_base(reader: CheckpointReader, file: DeltaFile, check_digest: bool) -
     if check_digest and found != header.base_digest:
         raise ValueError(
             f"The delta '{file.directory}' belongs to a base with digest {header.base_digest[:12]} but '{reader.path}' "
-            f"has {found[:12]}: it is another model or revision; give the right one, or turn the check off."
+            f"has {found[:12]}: it is another model or revision; give the right one, or turn "
+            f"the check off (check_base=False, --no_check_base)."
         )

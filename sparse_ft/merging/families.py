@@ -83,7 +83,7 @@ PARAMETERS: tuple[str, ...] = (
 _FLAGS = ("normalize", "rescale", "int8_mask", "shared_drop")
 # lowest, highest, whether the lowest itself is allowed
 _RANGES: dict[str, tuple[float, float, bool]] = {
-    "density": (0.0, math.inf, True),
+    "density": (0.0, 1.0, True),
     "gamma": (0.0, 1.0, True),
     "epsilon": (0.0, 1.0, True),
     "q": (0.0, 1.0, False),
@@ -100,7 +100,7 @@ def default_of(method: str, parameter: str, compatibility: Compatibility) -> Any
 
 
 def check_value(parameter: str, value: Scalar, where: str) -> float | bool:
-    """A parameter's value as a number or flag in its range; a density above 1 is 1, as mergekit takes it.
+    """A parameter's value as a number or flag in its range.
 
     Raises:
         ValueError: if it is neither, or out of range.
@@ -113,9 +113,10 @@ def check_value(parameter: str, value: Scalar, where: str) -> float | bool:
         raise ValueError(f"{where} must be a finite number, got {value!r}.")
     low, high, included = _RANGES.get(parameter, (-math.inf, math.inf, True))
     if not low <= value <= high or (value == low and not included):
-        interval = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
-        raise ValueError(f"{where} must lie {interval}{'' if included else ' and not be 0'}, got {value}.")
-    return min(float(value), 1.0) if parameter == "density" else float(value)
+        interval = f"between {low:g} and {high:g}{'' if included else ' and not be 0'}"
+        hint = " It is the share that is kept, no percentage." if parameter == "density" else ""
+        raise ValueError(f"{where} must lie {interval}, got {value}.{hint}")
+    return float(value)
 
 
 def check_window(density: float, epsilon: float, where: str) -> None:

@@ -390,6 +390,7 @@ def test_outputs_that_cannot_be(merge: Callable[..., Result], zoo: Path, tmp_pat
     (tmp_path / "full" / "x").write_text("")
     assert "is not empty" in command("merge", file, tmp_path / "full").complaint
     assert "No merge configuration" in command("merge", tmp_path / "absent.yaml", tmp_path / "out").complaint
+    assert "is a shipped template" in command("merge", "merge/dare_ties", tmp_path / "out").complaint
     assert not (tmp_path / "out").exists()
 
 

@@ -146,7 +146,8 @@ def test_a_required_parameter_is_asked_for_by_tensor_and_model(place: Path) -> N
 @pytest.mark.parametrize(
     ("parameters", "reason"),
     [
-        ("density: -0.1", "must lie at least 0, got -0.1"),
+        ("density: -0.1", "must lie between 0 and 1, got -0.1"),
+        ("density: 50", "between 0 and 1, got 50. It is the share that is kept"),
         ("density: nan", "must be a finite number"),
         ("density: 0.9, epsilon: 0.2", "outside 0..1; lower epsilon"),
         ("gamma: 2", "between 0 and 1"),
