@@ -41,6 +41,7 @@ DELTA_TASKS = ("delta/sst2", "delta/perplexity")
 DELTA_COSTS = ("delta/size", "delta/apply", "delta/stored_dtype")
 MERGES = "merging/quality"
 MERGE_SPEED = "merging/speed"
+MERGE_PEER = "merging/peer"
 FIRST_USE = "merging/first_use"
 
 # page of a method -> how the names in its rows begin (column `method`, `variant` or `model`)
@@ -125,6 +126,7 @@ VIEWS: dict[str, Callable[[Sequence[Row]], list[Row]]] = {
     DELTA_COSTS[2]: delta_views.stored,
     MERGES: delta_views.merges,
     MERGE_SPEED: delta_views.merge_speed,
+    MERGE_PEER: delta_views.peer,
 }
 TITLES = {
     ONE_SHOT: "One-shot pruning",
@@ -139,6 +141,7 @@ TITLES = {
     DELTA_COSTS[2]: "What storing a delta in bf16 loses",
     MERGES: "Two fine-tunes merged, perplexity on the domain of each",
     MERGE_SPEED: "Merges of three fine-tunes, bf16, beside a copy and mergekit",
+    MERGE_PEER: "Merges with `compat: mergekit` beside mergekit's own, fp32",
     FIRST_USE: "Compiled loops when they are first used, and when they are there",
 }
 
@@ -348,6 +351,7 @@ def fragments(results: dict[str, Result], readme: str) -> Iterable[tuple[str, st
     yield from delta_fragments(results)
     yield "merging_quality.md", file_fragment(results, MERGES)
     yield "merging_speed.md", file_fragment(results, MERGE_SPEED)
+    yield "merging_peer.md", file_fragment(results, MERGE_PEER)
     yield "merging_first_use.md", file_fragment(results, FIRST_USE)
     yield "names.md", names_fragment()
     yield "commands.md", commands_fragment()

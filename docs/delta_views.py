@@ -108,6 +108,18 @@ def merge_speed(rows: Sequence[Row]) -> list[Row]:
     return lines
 
 
+def peer(rows: Sequence[Row]) -> list[Row]:
+    """Differences as they are, for they are tiny."""
+    return [
+        {
+            "method": row["method"],
+            "tensors": row["tensors"],
+            "largest difference of a weight": f"{row['largest_difference']:.1e}",
+        }
+        for row in rows
+    ]
+
+
 def _peer_of(row: Row) -> tuple[str, float, str]:
     return ("mergekit", row["size_b"], row["method"])
 

@@ -7,7 +7,8 @@
 Base and three variants are random bf16 Llamas in files of 200 MB; a variant is the base plus noise, rounded to bf16 as
 a fine-tune is. Every run is a process of its own; runners alternate, medians and ratios of one invocation are shown.
 The floor reads every tensor of all models and writes one model, through safetensors. Ratios to it are of CPU seconds
-after the imports; of mergekit the CPU seconds of the whole process are known, and compared with those of ours.
+after the imports; of mergekit the CPU seconds of the whole process are known, and compared with those of ours. Rows of
+sizes that are not asked for stay in the file.
 """
 
 from __future__ import annotations
@@ -198,9 +199,20 @@ def main() -> None:
             if args.directory is None:
                 shutil.rmtree(directory)
     show(rows)
-    protocol = {"variants": args.variants, "repeats": args.repeats, "threads": args.threads, "delta": DELTA}
+    before = json.loads(args.output.read_text(encoding="utf-8")) if args.output.is_file() else {}
+    known = before.get("rows", [])
+    rows += [row for row in known if row["size_b"] not in {float(size) for size in args.sizes}]
+    rows.sort(key=lambda row: row["size_b"])
+    protocol: dict[str, Any] = {
+        "variants": args.variants,
+        "repeats": args.repeats,
+        "threads": args.threads,
+        "delta": DELTA,
+    }
     if args.with_peers:
         protocol["mergekit"] = mergekit_version(args.with_peers)
+    elif known:
+        protocol["mergekit"] = before["protocol"].get("mergekit")
     write_result(args.output, script=__file__, protocol=protocol, seeds=[0], rows=rows)
 
 
