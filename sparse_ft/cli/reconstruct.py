@@ -299,3 +299,8 @@ def _print_windows(result: ReconstructionResult) -> None:
         before, after = sum(row.loss_before for row in rows), sum(row.loss_after for row in rows)
         count, kept = len(rows), sum(not row.improved for row in rows)
         print(f"{kind:<12}{count:>10}{before / count:>14.4g}{after / count:>12.4g}{kept:>11}")
+    if not any(row.improved for row in result.windows):
+        print(
+            "No window came closer to the dense model, so the weights are what they were: raise --max_steps, --samples "
+            "or --learning_rate."
+        )

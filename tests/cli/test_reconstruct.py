@@ -14,10 +14,11 @@ from cli.refusals import refused
 from cli.workspace import Result, save_model, tree
 from safetensors.torch import load_file
 
+from sparse_ft.cli.reconstruct import _print_windows
 from sparse_ft.data import calibration_batches
 from sparse_ft.masks import MaskSet
 from sparse_ft.models import load_model, load_tokenizer, named_weights
-from sparse_ft.reconstruction import reconstruct
+from sparse_ft.reconstruction import ReconstructionResult, WindowResult, reconstruct
 
 Command = Callable[..., Result]
 
@@ -75,6 +76,16 @@ def test_result_is_that_of_the_function_with_sidecars_and_report(place: Path, co
         (row.block, row.window, row.loss_before, row.loss_after) for row in expected.windows
     ]
     assert "attn" in result.out and "verified" in result.out
+
+
+@pytest.mark.parametrize("improved", [True, False])
+def test_a_run_that_changed_nothing_says_so(improved: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = (
+        WindowResult("layers.0", "attn", 0.5, 0.5, 3, False),
+        WindowResult("layers.0", "mlp", 0.5, 0.4, 3, improved),
+    )
+    _print_windows(ReconstructionResult(rows, "full", "attn_mlp", "block", 0.1, False, 8))
+    assert ("No window came closer to the dense model" in capsys.readouterr().out) is not improved
 
 
 def test_the_dense_model_is_the_one_the_record_names(place: Path, dense: Path, command: Command) -> None:
