@@ -222,8 +222,11 @@ def test_views_of_the_encoder_and_of_a_training_step(views: ModuleType) -> None:
         "CPU / LoRA": 1.0,
         "peak MB": None,
         "peak MB, checkpointing": None,
+        "rise over LoRA's, in weights": None,
         "trained": 7,
     }
+    measured = views.training_step([{**step, "over_lora_weights": 3.53, "over_lora_weights_checkpointing": -0.4}])
+    assert measured[0]["rise over LoRA's, in weights"] == "+3.5 / -0.4"
 
 
 def test_fragments_of_a_file_are_sentences_without_it_and_tables_with_it(generator: ModuleType) -> None:
