@@ -106,7 +106,7 @@ def test_another_base_is_a_warning_with_its_number(place: Path, command: Command
 def test_densities_that_are_none(place: Path, command: Command, density: str) -> None:
     text = TEXT.replace("task_arithmetic", "ties").replace("weight: 1}", f"weight: 1, density: {density}}}")
     complaint = refused(command, place, text)
-    assert "density" in complaint and ("finite" in complaint or "at least 0" in complaint)
+    assert "density" in complaint and ("finite" in complaint or "between 0 and 1" in complaint)
 
 
 def test_the_same_model_twice_and_keys_that_do_not_exist(place: Path, command: Command) -> None:
