@@ -28,7 +28,7 @@ from torch import Tensor
 
 from sparse_ft.checkpoints import check_output_dir, resumable_directory
 from sparse_ft.checkpoints.header import tensor_bytes
-from sparse_ft.merging.chunks import Job, Patch, Workspace
+from sparse_ft.merging.chunks import CHUNK, Job, Patch, Workspace
 from sparse_ft.merging.jobs import make_job
 from sparse_ft.merging.methods import METHODS
 from sparse_ft.merging.operands import Inputs, operands_of
@@ -210,7 +210,7 @@ def _do_tensor(plan: MergePlan, tensor: TensorPlan, inputs: Inputs, output: Outp
         output.write(tensor, start, _cast(tensor, merge.chunk(start, stop), workspace))
     for patch in merge.settle():
         _patch(tensor, patch, output, workspace)
-    workspace.trim(1 << 20)
+    workspace.trim(max(len(plan.models), 4) * CHUNK)
 
 
 def _patch(tensor: TensorPlan, patch: Patch, output: OutputFiles, workspace: Workspace) -> None:

@@ -125,12 +125,12 @@ def test_8_int8_mask_changes_no_bit(place: Path, method: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["ties", "dare_linear", "dare_ties", "della", "della_linear", "breadcrumbs"])
-def test_9_rescaling_by_l1_keeps_the_norm(place: Path, method: str) -> None:
+def test_9_rescaling_by_l1_keeps_the_norm(place: Path, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The path that names a model keys its mask: a relative one draws the same everywhere, and keeps something of all.
+    monkeypatch.chdir(place)
     text = yaml(method, {"a": one(0.4)}, "zero", compat="mergekit", parameters="{rescale: true}", dtype="float32")
-    for name, merged in merge(place, text).items():
+    for name, merged in merge(Path("."), text).items():
         whole = read(place / "a")[name].double().abs().sum()
-        if merged.numel() <= 16 and not merged.any():
-            continue  # a mask that happens to keep nothing of a few entries has no norm to scale
         assert float(merged.double().abs().sum()) == pytest.approx(float(whole), rel=1e-5)
 
 
