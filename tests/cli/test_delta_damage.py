@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from cli.delta_place import write_place
 from cli.refusals import DAMAGE, Command, change_weights, files_of_at_most, refused
-from cli.workspace import save_tokenizer, sentences, tree
-from deltas.pairs import read, same_bits, save_models
+from cli.workspace import tree
+from deltas.pairs import read, same_bits
 from tiny_models import TINY
 
 from sparse_ft.deltas.store import DELTA_FILE, DeltaFile
@@ -25,17 +26,7 @@ UP = "model.layers.0.mlp.up_proj.weight"
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`base`, `tuned`, `text` and a delta of density 0.1, read only."""
-    place = tmp_path_factory.mktemp("delta")
-    save_models(place, "llama", torch.float32)
-    (place / "tuned0").rename(place / "tuned")
-    for name in ("base", "tuned"):
-        save_tokenizer(place / name)
-    (place / "text").mkdir()
-    (place / "text" / "train.txt").write_text(sentences(300, 1))
-    from sparse_ft.deltas.extract import Settings, extract_delta
-
-    extract_delta(place / "base", place / "tuned", place / "delta", Settings(density=0.1), progress=False)
-    return place
+    return write_place(tmp_path_factory.mktemp("delta"))
 
 
 @pytest.fixture
