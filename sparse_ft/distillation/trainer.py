@@ -1,0 +1,301 @@
+"""`distilling`: any Trainer, with a teacher.
+
+    trainer = distilling(SFTTrainer)(
+        model=student, args=arguments, train_dataset=data, callbacks=[MaskCallback(masks)],
+        teacher=dense, distillation=DistillationConfig(kl_weight=1.0, squarehead_weight=0.1),
+    )
+    trainer.train()
+
+The class that comes back is the given one with two more arguments. Its own loss is computed as ever, with label
+smoothing, `compute_loss_func`, `num_items_in_batch` and whatever it overrides; the teacher's losses are added to it.
+Evaluation has no teacher: eval_loss is what it is without.
+
+What is divided by what: cross-entropy and KL by the number of labels in all micro-batches of a step (of all processes,
+as `average_tokens_across_devices` says), the same number for both. A loss on hidden states is the mean over the valid
+tokens of each micro-batch, weighted by its share of the step's valid tokens; with `energy="fixed"` and for the other
+losses on states these shares add up to exactly one large batch.
+
+With KL, a plain Trainer and a causal model, cross-entropy and KL are computed together, a few tokens at a time, and
+logits of all tokens never exist. Elsewhere the model's own loss makes its logits as it does without a teacher.
+
+Logs: `distill/ce`, `distill/kl`, `distill/squarehead` and, by layer, `distill/squarehead/layer_3`, as means over the
+steps since the last log.
+
+Limits: no DeepSpeed or FSDP, no `torch_compile` with losses on hidden states, no DataParallel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from itertools import islice
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from sparse_ft.distillation.cached_targets import CachedTargets
+from sparse_ft.distillation.config import DistillationConfig
+from sparse_ft.distillation.distiller import Distiller, Recording
+from sparse_ft.distillation.head import TokenLoss
+from sparse_ft.distillation.kl import ce_kl_loss
+from sparse_ft.distillation.output_head import output_head
+from sparse_ft.distillation.teacher import check_tokenizers, freeze, load_teacher
+from sparse_ft.distillation.tokens import IGNORED, valid_tokens
+
+_AnyTrainer = TypeVar("_AnyTrainer", bound=Trainer)
+
+
+@cache
+def distilling(trainer_class: type[_AnyTrainer]) -> type[_AnyTrainer]:
+    """The trainer class with a teacher.
+
+    Args:
+        trainer_class: `Trainer`, `SFTTrainer`, `Seq2SeqTrainer`, or a subclass of your own.
+
+    Returns:
+        A subclass. Its constructor takes two more keywords: `distillation`, a `DistillationConfig`, and `teacher`, a
+        model, `CachedTargets`, or None for the one that the config names. The teacher is frozen and moved to the
+        student's device, unless the config names one.
+
+    Example:
+        >>> trainer = distilling(Trainer)(model=student, args=args, train_dataset=data, teacher=dense,
+        ...                               distillation=DistillationConfig(kl_weight=1.0))
+    """
+    return type(f"Distilling{trainer_class.__name__}", (_Distilling, trainer_class), {})
+
+
+class _Distilling(Trainer):
+    """Overrides what a Trainer offers for overriding: the batches of a step, the loss, the log."""
+
+    def __init__(
+        self,
+        *args: Any,
+        distillation: DistillationConfig,
+        teacher: nn.Module | CachedTargets | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"A teacher and DataParallel on {self.args.n_gpu} GPUs do not go together: start one process per GPU "
+                f"with torchrun or accelerate launch."
+            )
+        if teacher is None:
+            check_tokenizers(self.processing_class, str(distillation.teacher))
+            teacher = load_teacher(distillation, self.args.device)
+        elif isinstance(teacher, nn.Module):
+            freeze(teacher)
+            _place(teacher, distillation.teacher_device or self.args.device)
+        self.distiller = Distiller(self.model, teacher, distillation)
+        self._totals: list[Tensor] | None = None
+        self._values: dict[str, Tensor] = {}
+        self._logged_step = 0
+
+    # -- the batches of a step ---------------------------------------------------------------------------------------
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+        """As the Trainer's, and the valid tokens of all of them are counted.
+
+        Raises:
+            ValueError: no token of the step has a label, or padding cannot be told.
+        """
+        samples, num_items = super().get_batch_samples(*args, **kwargs)
+        _check_labels(samples)
+        self._totals = None
+        if samples and self.distiller.stacks:
+            counts = torch.stack([torch.stack([c.cpu() for _, c in self._valid(batch)]) for batch in samples]).sum(0)
+            if self.args.average_tokens_across_devices and self.args.world_size > 1:
+                counts = self.accelerator.reduce(counts.to(self.args.device), "sum")
+            self._totals = list(counts.unbind())
+        return samples, num_items
+
+    def _valid(self, batch: Mapping[str, Any]) -> list[tuple[Tensor | None, Tensor]]:
+        config = self.distiller.config
+        return valid_tokens(batch, [stack.name for stack in self.distiller.stacks], no_padding=config.no_padding)
+
+    # -- the loss ----------------------------------------------------------------------------------------------------
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The trainer's own loss in evaluation; in training, that of the teacher beside it."""
+        if not (model.training and torch.is_grad_enabled()):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        batch, together = dict(inputs), not return_outputs and self._together(inputs)
+        if self.distiller.config.energy == "fixed" and self.distiller.energies is None and self.distiller.stacks:
+            self.distiller.measure_energies(self._energy_batches())
+        own, outputs = None, None
+        with self.distiller.recording(cut_head=together) as record:
+            if together:
+                model(**{name: value for name, value in inputs.items() if name not in ("labels", "shift_labels")})
+            else:
+                own = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+                own, outputs = own if return_outputs else (own, None)
+        with self.accelerator.autocast():
+            loss = self._add_teacher(own, batch, record, num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
+
+    def _together(self, inputs: Mapping[str, Any]) -> bool:
+        """Whether cross-entropy is known well enough to be computed with KL, from the states before the head."""
+        student, config = self.distiller.student, self.distiller.config
+        inherited = super().compute_loss
+        return (
+            config.kl_weight > 0
+            and self.distiller.head is not None
+            and getattr(inherited, "__func__", None) is Trainer.compute_loss
+            and self.compute_loss_func is None
+            and _is_causal(student)
+            and getattr(student, "loss_function", None) is ForCausalLMLoss
+            and not getattr(student.config, "output_router_logits", False)
+            and ("labels" in inputs or "shift_labels" in inputs)
+        )
+
+    def _scaled(self, num_items: Tensor | int | None) -> bool:
+        """Whether the Trainer leaves a micro-batch's loss as it is; else it divides by the number of micro-batches."""
+        if self.loss_is_scaled_for_ga is not None:
+            return self.loss_is_scaled_for_ga
+        return (self.model_accepts_loss_kwargs and num_items is not None) or self.compute_loss_func is not None
+
+    def _add_teacher(
+        self, own: Tensor | None, batch: dict[str, Any], record: Recording, num_items: Tensor | int | None
+    ) -> Tensor:
+        """ce_weight · own loss + the teacher's, scaled as the Trainer scales its own."""
+        distiller, config, scaled = self.distiller, self.distiller.config, self._scaled(num_items)
+        processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        micro_batches = 1 if scaled else self.current_gradient_accumulation_steps
+        token_factor = processes if num_items is not None and scaled else 1
+        seen: Recording | None = None
+        loss = torch.zeros((), device=self.args.device)
+        if own is not None:
+            loss = config.ce_weight * own
+            self._note("ce", own / token_factor / micro_batches)
+        if not isinstance(distiller.teacher, CachedTargets):
+            valid = self._valid(batch) if distiller.stacks else []
+            masks, shares = [mask for mask, _ in valid], self._shares([count for _, count in valid])
+            features, seen = distiller.compare(batch, record, masks, shares)
+            if features is not None:
+                loss = loss + features.total * (processes * micro_batches)
+                for name, value in features.values.items():
+                    self._note(name, value)
+        if config.kl_weight:
+            tokens = self._token_loss(own is None, batch, record, seen, num_items if scaled else None)
+            loss = loss + tokens.total * token_factor
+            self._note("kl", tokens.kl / micro_batches)
+            if own is None:
+                self._note("ce", tokens.ce / micro_batches)
+        return loss
+
+    def _shares(self, counts: Sequence[Tensor]) -> list[Tensor]:
+        """What part of the step's valid tokens this micro-batch has, by stack."""
+        totals = counts if self._totals is None else self._totals
+        return [count.cpu() / total.cpu().clamp(min=1) for count, total in zip(counts, totals, strict=True)]
+
+    def _token_loss(
+        self, with_ce: bool, batch: dict[str, Any], record: Recording, seen: Recording | None, num_items: Any
+    ) -> TokenLoss:
+        """KL, and cross-entropy with it where the model has not computed it."""
+        distiller, config = self.distiller, self.distiller.config
+        labels, shift = _labels(batch, distiller.student)
+        common: dict[str, Any] = {
+            "ce_weight": config.ce_weight if with_ce else 0.0,
+            "kl_weight": config.kl_weight,
+            "temperature": config.temperature,
+            "label_smoothing": self.args.label_smoothing_factor if with_ce else 0.0,
+            "num_items": num_items,
+        }
+        if distiller.classifies:
+            assert record.logits is not None and seen is not None and seen.logits is not None
+            rows = labels.shape if labels.ndim > 1 else (len(labels), 1)
+            student, teacher = (logits.view(*rows, -1) for logits in (record.logits, seen.logits))
+            return ce_kl_loss(student, labels.view(rows), teacher=teacher, shift=False, **common)
+        distiller.check_heads(record, seen)
+        head = output_head(distiller.student)
+        assert record.head_input is not None
+        if seen is None:
+            return ce_kl_loss(
+                record.head_input, labels, teacher=distiller.targets(batch), head=head, shift=shift, **common
+            )
+        return ce_kl_loss(
+            record.head_input,
+            labels,
+            teacher=seen.head_input,
+            head=head,
+            teacher_head=output_head(distiller.model),
+            shift=shift,
+            **common,
+        )
+
+    def _energy_batches(self) -> Iterator[tuple[dict[str, Any], list[Tensor | None]]]:
+        """The first training samples in their own order, collated as in training, the same on every process."""
+        loader: Any = self.callback_handler.train_dataloader
+        dataset, wanted = loader.dataset, self.distiller.config.energy_samples
+        if not hasattr(dataset, "__len__"):
+            raise ValueError("energy 'fixed' needs a training dataset with a length: use energy='batch' for a stream.")
+        samples = iter(dataset[index] for index in range(min(wanted, len(dataset))))
+        with torch.random.fork_rng(), self.accelerator.autocast():
+            torch.manual_seed(self.args.seed)
+            while chunk := list(islice(samples, self.args.per_device_train_batch_size)):
+                batch: dict[str, Any] = self._prepare_inputs(loader.collate_fn(chunk))
+                yield batch, [mask for mask, _ in self._valid(batch)]
+
+    # -- the log -----------------------------------------------------------------------------------------------------
+
+    def _note(self, name: str, value: Tensor) -> None:
+        """Add a micro-batch's part to the log; nothing waits for the device."""
+        value = value.detach().float().to(self.args.device)
+        self._values[name] = self._values[name] + value if name in self._values else value
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As the Trainer's, with the means of the teacher's losses since the last log."""
+        steps = self.state.global_step - self._logged_step
+        if "loss" in logs and self._values and steps > 0:
+            values = torch.stack(list(self._values.values())) / steps
+            if self.args.world_size > 1:
+                how = "sum" if self.args.average_tokens_across_devices else "mean"
+                values = self.accelerator.reduce(values, how)
+            logs.update({f"distill/{name}": value for name, value in zip(self._values, values.tolist(), strict=True)})
+            self._values = {}
+            self._logged_step = self.state.global_step
+        super().log(logs, *args, **kwargs)
+
+
+def _place(teacher: nn.Module, device: Any) -> None:
+    """Move a teacher, unless it is there already or packed, which cannot be moved."""
+    if not getattr(teacher, "is_quantized", False) and next(teacher.parameters()).device != torch.device(device):
+        teacher.to(device)
+
+
+def _check_labels(samples: Sequence[Any]) -> None:
+    """Raise ValueError if the micro-batches of a step have labels and all are masked."""
+    labels = [batch["labels"] for batch in samples if isinstance(batch, Mapping) and "labels" in batch]
+    if labels and all(bool((label == IGNORED).all()) for label in labels):
+        raise ValueError(
+            f"All {sum(label.numel() for label in labels)} labels of a step are {IGNORED}, so there is nothing to "
+            f"learn from it: look at how the data is masked, or at the maximum length that cuts answers off."
+        )
+
+
+def _labels(batch: Mapping[str, Any], student: nn.Module) -> tuple[Tensor, bool]:
+    """The labels, and whether position i predicts label i + 1.
+
+    Raises:
+        ValueError: the batch has none.
+    """
+    if batch.get("shift_labels") is not None:
+        return batch["shift_labels"], False
+    if batch.get("labels") is None:
+        raise ValueError(f"The batch has {', '.join(batch)} but no labels: KL is computed where there is a label.")
+    return batch["labels"], _is_causal(student)
+
+
+def _is_causal(model: nn.Module) -> bool:
+    """Whether position i predicts token i + 1: the models whose labels the Trainer shifts."""
+    return type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
