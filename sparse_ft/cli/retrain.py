@@ -18,7 +18,7 @@ from __future__ import annotations
 import io
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
@@ -80,14 +80,24 @@ from sparse_ft.cli.retrain_run import (
     run_identity,
 )
 from sparse_ft.cli.retrain_source import SparseModel, load_sparse_model, starting_evaluations
+from sparse_ft.cli.retrain_teacher import TeacherArguments, check_teacher, check_teacher_fits, make_teacher
 from sparse_ft.data import tokens_digest, training_dataset, windows
+from sparse_ft.distillation import distilling
 from sparse_ft.models import load_config, load_tokenizer
 from sparse_ft.training import MaskCallback, check_strategy, wait_for_everyone
 from sparse_ft.training.processes import uses_every_parameter
 
 __all__ = ["Job", "run"]
 
-GROUPS = (ModelArguments, TextArguments, RetrainArguments, ReconstructArguments, EvaluationArguments, TrainingArguments)
+GROUPS = (
+    ModelArguments,
+    TextArguments,
+    RetrainArguments,
+    TeacherArguments,
+    ReconstructArguments,
+    EvaluationArguments,
+    TrainingArguments,
+)
 TENSORBOARD = "runs"  # where transformers' TensorBoard callback writes, below the directory of the run
 
 
@@ -97,6 +107,7 @@ class Job:
 
     names: ModelArguments
     how: RetrainArguments
+    teacher: TeacherArguments
     evaluation: EvaluationArguments
     training: TrainingArguments
     reporters: list[TrainerCallback]
@@ -125,7 +136,7 @@ class Job:
 def run(argv: Sequence[str]) -> int:
     """Retrain one checkpoint; the exit code."""
     defaults = RETRAIN_DEFAULTS | {"use_cpu": not torch.accelerator.is_available()}
-    names, text, how, windows, evaluation, training = parse(
+    names, text, how, teacher, windows, evaluation, training = parse(
         bare_resume_flag(argv),
         GROUPS,
         verb="retrain",
@@ -141,10 +152,14 @@ def run(argv: Sequence[str]) -> int:
                 f"Method 'reconstruct' works through the blocks in one process, got {training.world_size}; start it by "
                 f"plain `sparse-ft retrain`."
             )
+        if teacher.wanted:
+            raise ValueError(
+                "Method 'reconstruct' compares each block with the dense model's by itself; leave out --teacher."
+            )
         return reconstruct.run(argv)
     check_unused(choose_method(how.method).name, windows)
-    groups = (names, text, how, evaluation, training)
-    output_dir = _check(names, text, how, training)
+    groups = (names, text, how, teacher, evaluation, training)
+    output_dir = _check(names, text, how, teacher, training)
     with ExitStack() as stack:
         if training.process_index > 0:
             stack.enter_context(redirect_stdout(io.StringIO()))
@@ -152,13 +167,20 @@ def run(argv: Sequence[str]) -> int:
         return _retrain(_read_job(groups, output_dir, source), argv)
 
 
-def _check(names: ModelArguments, text: TextArguments, how: RetrainArguments, training: TrainingArguments) -> Path:
+def _check(
+    names: ModelArguments,
+    text: TextArguments,
+    how: RetrainArguments,
+    teacher: TeacherArguments,
+    training: TrainingArguments,
+) -> Path:
     """What can be refused without reading a model; the output directory."""
     check_strategy(training)
     check_settings(choose_method(how.method), how)
     check_quantization(choose_method(how.method), how)
     choose_dtype(how.dtype)
-    inputs = [names.model_name_or_path]
+    check_teacher(teacher, trains_all=choose_method(how.method).perp is None, quantised=how.quantization is not None)
+    inputs = [path for path in (names.model_name_or_path, teacher.teacher, teacher.teacher_cache) if path is not None]
     output_dir = check_output_dir(training.output_dir, inputs=inputs, overwrite=how.overwrite)
     check_left_over(run_dir_of(output_dir), training.resume_from_checkpoint)
     if how.save_adapter is not None:
@@ -182,7 +204,7 @@ def _check_apart(output_dir: Path, adapter: Path) -> None:
 
 def _read_job(groups: Sequence[Any], output_dir: Path, source: Path) -> Job:
     """Read everything that is needed before the first step; writes nothing."""
-    names, text, how, evaluation, training = groups
+    names, text, how, teacher, evaluation, training = groups
     config = load_config(source)
     if not is_causal(config):
         raise ValueError(
@@ -194,10 +216,11 @@ def _read_job(groups: Sequence[Any], output_dir: Path, source: Path) -> Job:
     job = Job(
         names=names,
         how=how,
+        teacher=teacher,
         evaluation=evaluation,
         training=training,
         reporters=_take_reporters(training),
-        settings=plain_arguments(names, text, how, evaluation),
+        settings=plain_arguments(names, text, how, evaluation, *([teacher] if teacher.wanted else [])),
         output_dir=output_dir,
         source=source,
         tokenizer=tokenizer,
@@ -214,6 +237,7 @@ def _read_job(groups: Sequence[Any], output_dir: Path, source: Path) -> Job:
         sparse=load_sparse_model(source),
     )
     job.method.check(job.sparse.model, job.sparse.masks, how, training)
+    check_teacher_fits(teacher, job.sparse.model, tokenizer)
     return job
 
 
@@ -263,7 +287,7 @@ def _train(job: Job, checkpoint: str | None, outcome: Outcome) -> nn.Module:
     print_trainable(outcome.trainable)
     if job.training.ddp_find_unused_parameters is None and uses_every_parameter(prepared):
         job.training.ddp_find_unused_parameters = False  # the Trainer would search in every step, and warn of it
-    trainer = Trainer(
+    trainer = _trainer_of(job, prepared)(
         model=prepared,
         args=job.training,
         train_dataset=job.train_data,
@@ -276,6 +300,20 @@ def _train(job: Job, checkpoint: str | None, outcome: Outcome) -> nn.Module:
     trainer.train(resume_from_checkpoint=checkpoint)
     outcome.histories = {how.method: trainer.state.log_history}
     return trainer.model
+
+
+def _trainer_of(job: Job, prepared: nn.Module) -> Callable[..., Trainer]:
+    """The Trainer, with a teacher where one was asked for."""
+    if not job.teacher.wanted:
+        return Trainer
+    teacher = make_teacher(job.teacher, prepared, job.sparse.masks, job.train_data, job.training)
+
+    def with_teacher(**options: Any) -> Trainer:
+        trainer: Any = distilling(Trainer)(**options, teacher=teacher, distillation=job.teacher)
+        print(trainer.distiller.describe())
+        return cast(Trainer, trainer)
+
+    return with_teacher
 
 
 def _model_to_train(job: Job) -> PreTrainedModel:

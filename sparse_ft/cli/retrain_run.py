@@ -46,6 +46,9 @@ _DECISIVE = (
 _OURS = (
     "method", "r", "lora_alpha", "use_rslora", "lora_dropout", "break_symmetry", "dtype", "quantization", "dataset",
     "dataset_config", "text_field", "train_split",
+    "teacher", "teacher_cache", "teacher_dtype", "teacher_quantization", "teacher_top_k", "ce_weight", "kl_weight",
+    "squarehead_weight", "mse_weight", "cosine_weight", "temperature", "distill_layers", "layer_weights", "energy",
+    "energy_samples",
 )  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """`DistillationConfig`: what a student is pulled towards, and how strongly.
 
-    total = ce_weight · L + kl_weight · KL + squarehead_weight · Σ SH_l (+ mse_weight · Σ mse_l + cosine_weight · Σ cos_l)
+    total = ce_weight · L + kl_weight · KL + squarehead_weight · Σ SH_l
 
 L is the loss the Trainer computes without a teacher, with whatever options it was given.
 """
@@ -29,7 +29,8 @@ class DistillationConfig:
 
     Attributes:
         ce_weight: of the Trainer's own loss.
-        kl_weight: of τ² KL(teacher || student) on the positions with a label.
+        kl_weight: of τ² KL(teacher || student) on the positions with a label; None is 1 where no loss on hidden
+            states is asked for, else 0.
         squarehead_weight: of the sum of SquareHead over the compared layers.
         mse_weight: of the sum of plain squared errors, an alternative to SquareHead.
         cosine_weight: of the sum of 1 - cosine, another.
@@ -58,15 +59,22 @@ class DistillationConfig:
     """
 
     ce_weight: float = option(1.0, "factor of the loss that needs no teacher")
-    kl_weight: float = option(0.0, "factor of KL from the teacher's distribution of the next token")
+    kl_weight: float | None = option(
+        None, "factor of KL from the teacher's next-token distribution; by default 1, or 0 beside --squarehead_weight"
+    )
     squarehead_weight: float = option(0.0, "factor of SquareHead: normalised distance of hidden states, over layers")
     mse_weight: float = option(0.0, "factor of the plain squared distance of hidden states")
     cosine_weight: float = option(0.0, "factor of 1 - cosine of hidden states")
     temperature: float = option(1.0, "what logits are divided by in KL")
-    distill_layers: list[str] | None = option(
-        None, "layers compared: pairs student:teacher (4:8), single numbers, or spaced; by default all, by number"
+    distill_layers: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "layers compared: pairs student:teacher (4:8), numbers, or spaced; by default all, by number"
+        },
     )
-    layer_weights: list[float] | None = option(None, "factors of the compared layers, in their order; by default 1")
+    layer_weights: list[float] | None = field(
+        default=None, metadata={"help": "factors of the compared layers, in their order; by default 1"}
+    )
     energy: str = option(
         "batch",
         "SquareHead's denominators: of each micro-batch (batch), or measured once so that micro-batches add (fixed)",
@@ -81,9 +89,9 @@ class DistillationConfig:
     def __post_init__(self) -> None:
         for name in ("ce_weight", "kl_weight", *(f"{feature}_weight" for feature in FEATURES)):
             weight = getattr(self, name)
-            if not (math.isfinite(weight) and weight >= 0):
+            if weight is not None and not (math.isfinite(weight) and weight >= 0):
                 raise ValueError(f"{name} is {weight}, but weights are finite and at least 0: correct it.")
-        if not self.feature_weights and not self.kl_weight:
+        if not self.feature_weights and not self.kl:
             raise ValueError(
                 "kl_weight and squarehead_weight are both 0, so nothing would be learnt from the teacher: give one of "
                 "them, such as kl_weight 1, or train without distillation."
@@ -95,6 +103,13 @@ class DistillationConfig:
             raise ValueError(f"energy_samples is {self.energy_samples}, but energies need samples: give at least 1.")
         if self.teacher_quantization is not None:
             check_choice("teacher_quantization", self.teacher_quantization, ("8bit", "4bit"))
+
+    @property
+    def kl(self) -> float:
+        """`kl_weight`, with its default resolved."""
+        if self.kl_weight is None:
+            return 0.0 if self.feature_weights else 1.0
+        return self.kl_weight
 
     @property
     def feature_weights(self) -> dict[str, float]:

@@ -8,7 +8,7 @@ The teacher's output head is not run: KL takes the states in front of it and mul
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from sparse_ft.distillation.cached_targets import CachedTargets
 from sparse_ft.distillation.config import DistillationConfig
 from sparse_ft.distillation.features import cosine_layer, mse_layer
+from sparse_ft.distillation.head import Head
 from sparse_ft.distillation.output_head import check_head, output_head, output_module
 from sparse_ft.distillation.squarehead import squarehead_layer, teacher_energy
-from sparse_ft.distillation.stacks import Stack, StateRecorder, bare_model, find_stacks, first_tensor, listening
+from sparse_ft.distillation.stacks import Stack, StateRecorder, bare_model, find_stacks, listening
 from sparse_ft.distillation.teacher import check_pair
 from sparse_ft.distillation.top_k import TopK
 
@@ -91,7 +92,7 @@ class Distiller:
             self.pairs = tuple(config.pairs(ours.depth, its.depth) for ours, its in depths)
         self.head = output_module(self.student)
         self.classifies = self.head is None and "Classification" in type(self.student).__name__
-        if config.kl_weight:
+        if config.kl:
             self._check_kl()
 
     @property
@@ -105,14 +106,14 @@ class Distiller:
         name = type(self.student).__name__
         if self.head is None and not self.classifies:
             raise ValueError(
-                f"kl_weight is {self.config.kl_weight} but {name} has no output head, so it predicts nothing: set "
+                f"kl_weight is {self.config.kl} but {name} has no output head, so it predicts nothing: set "
                 f"kl_weight to 0, or take the model's class with a head."
             )
         if self.classifies:
             kind = getattr(self.student.config, "problem_type", None)
             if kind not in (None, "single_label_classification") or getattr(self.student.config, "num_labels", 2) < 2:
                 raise ValueError(
-                    f"kl_weight is {self.config.kl_weight} but {name} is trained on {kind or 'regression'}, which has "
+                    f"kl_weight is {self.config.kl} but {name} is trained on {kind or 'regression'}, which has "
                     f"no distribution over classes: set kl_weight to 0."
                 )
 
@@ -223,10 +224,41 @@ class Distiller:
                 states, logits = side.head_input[:, :1].flatten(0, 1), side.logits[:, :1].flatten(0, 1)
                 check_head(output_head(model), states.detach(), logits.detach())
 
+    def describe(self) -> str:
+        """What is compared with what, in one line per stack."""
+        its = "stored targets" if isinstance(self.teacher, CachedTargets) else type(bare_model(self.teacher)).__name__
+        lines = [f"teacher {its}: KL weight {self.config.kl:g}, temperature {self.config.temperature:g}"]
+        named = ", ".join(f"{name} {weight:g}" for name, weight in self.config.feature_weights.items())
+        for stack, pairs in zip(self.stacks, self.pairs, strict=True):
+            shown = " ".join(f"{ours}:{its}" for ours, its in pairs)
+            lines.append(f"{stack.name or 'hidden'} states, student:teacher layers {shown}: {named}")
+        return "\n".join(lines)
+
     def targets(self, batch: Mapping[str, Any]) -> TopK:
         """The stored targets of a batch."""
         assert isinstance(self.teacher, CachedTargets)
         return self.teacher.lookup(batch["input_ids"], batch.get("attention_mask"))
+
+
+def predictor(teacher: nn.Module) -> Callable[[Tensor, Tensor], tuple[Tensor, Head]]:
+    """What `write_targets` asks for: a teacher's states in front of its head, and the head.
+
+    Args:
+        teacher: a frozen causal model in eval mode.
+
+    Example:
+        >>> write_targets("targets", dataset, predictor(teacher), vocabulary=teacher.config.vocab_size)
+    """
+    device = next(teacher.parameters()).device
+
+    def predict(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Head]:
+        seen = Recording()
+        with _watching(bare_model(teacher), seen, cut_head=True, with_gradient=False):
+            teacher(input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), use_cache=False)
+        assert seen.head_input is not None, "output_head() refuses models without a head"
+        return seen.head_input, output_head(teacher)
+
+    return predict
 
 
 class _Comparison:
@@ -358,6 +390,3 @@ def _check_targets(student: nn.Module, targets: CachedTargets, config: Distillat
             f"The targets are of a vocabulary of {targets.vocabulary} but the student has {ours}: make them with a "
             f"teacher of the student's tokenizer."
         )
-
-
-__all__ = ["Distiller", "FeatureTotals", "Recording", "first_tensor"]

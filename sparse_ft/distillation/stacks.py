@@ -67,7 +67,7 @@ def find_stacks(model: nn.Module) -> tuple[Stack, ...]:
     if len(owners) != len(wanted):
         raise ValueError(
             f"{type(model).__name__} has {len(owners)} runs of blocks ({', '.join(owners) or 'none'}) but hidden "
-            f"states are compared in {len(wanted)}: take a plain decoder, encoder or encoder-decoder, or only kl_weight."
+            f"states are compared in {len(wanted)}: take a decoder, encoder or encoder-decoder, or kl_weight alone."
         )
     return tuple(
         Stack(name, model.get_submodule(path), tuple(blocks))

@@ -84,16 +84,21 @@ class _Distilling(Trainer):
                 f"A teacher and DataParallel on {self.args.n_gpu} GPUs do not go together: start one process per GPU "
                 f"with torchrun or accelerate launch."
             )
+        if self.model_init is not None:
+            raise ValueError(
+                "model_init makes a new student in each train(), but the teacher is compared with one: give model."
+            )
         if teacher is None:
-            check_tokenizers(self.processing_class, str(distillation.teacher))
+            if distillation.teacher is not None:
+                check_tokenizers(self.processing_class, distillation.teacher)
             teacher = load_teacher(distillation, self.args.device)
-        elif isinstance(teacher, nn.Module):
+        self.distiller = Distiller(self.model, teacher, distillation)
+        if isinstance(teacher, nn.Module):
             freeze(teacher)
             _place(teacher, distillation.teacher_device or self.args.device)
-        self.distiller = Distiller(self.model, teacher, distillation)
         self._totals: list[Tensor] | None = None
         self._values: dict[str, Tensor] = {}
-        self._logged_step = 0
+        self._steps = 0  # since the last log
 
     # -- the batches of a step ---------------------------------------------------------------------------------------
 
@@ -106,6 +111,7 @@ class _Distilling(Trainer):
         samples, num_items = super().get_batch_samples(*args, **kwargs)
         _check_labels(samples)
         self._totals = None
+        self._steps += 1
         if samples and self.distiller.stacks:
             counts = torch.stack([torch.stack([c.cpu() for _, c in self._valid(batch)]) for batch in samples]).sum(0)
             if self.args.average_tokens_across_devices and self.args.world_size > 1:
@@ -148,7 +154,7 @@ class _Distilling(Trainer):
         student, config = self.distiller.student, self.distiller.config
         inherited = super().compute_loss
         return (
-            config.kl_weight > 0
+            config.kl > 0
             and self.distiller.head is not None
             and getattr(inherited, "__func__", None) is Trainer.compute_loss
             and self.compute_loss_func is None
@@ -176,7 +182,7 @@ class _Distilling(Trainer):
         loss = torch.zeros((), device=self.args.device)
         if own is not None:
             loss = config.ce_weight * own
-            self._note("ce", own / token_factor / micro_batches)
+            self._note("ce", own / processes / micro_batches)
         if not isinstance(distiller.teacher, CachedTargets):
             valid = self._valid(batch) if distiller.stacks else []
             masks, shares = [mask for mask, _ in valid], self._shares([count for _, count in valid])
@@ -185,12 +191,13 @@ class _Distilling(Trainer):
                 loss = loss + features.total * (processes * micro_batches)
                 for name, value in features.values.items():
                     self._note(name, value)
-        if config.kl_weight:
+        if config.kl:
             tokens = self._token_loss(own is None, batch, record, seen, num_items if scaled else None)
             loss = loss + tokens.total * token_factor
-            self._note("kl", tokens.kl / micro_batches)
+            share = token_factor / processes / micro_batches
+            self._note("kl", tokens.kl * share)
             if own is None:
-                self._note("ce", tokens.ce / micro_batches)
+                self._note("ce", tokens.ce * share)
         return loss
 
     def _shares(self, counts: Sequence[Tensor]) -> list[Tensor]:
@@ -206,7 +213,7 @@ class _Distilling(Trainer):
         labels, shift = _labels(batch, distiller.student)
         common: dict[str, Any] = {
             "ce_weight": config.ce_weight if with_ce else 0.0,
-            "kl_weight": config.kl_weight,
+            "kl_weight": config.kl,
             "temperature": config.temperature,
             "label_smoothing": self.args.label_smoothing_factor if with_ce else 0.0,
             "num_items": num_items,
@@ -255,15 +262,13 @@ class _Distilling(Trainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As the Trainer's, with the means of the teacher's losses since the last log."""
-        steps = self.state.global_step - self._logged_step
-        if "loss" in logs and self._values and steps > 0:
-            values = torch.stack(list(self._values.values())) / steps
+        if "loss" in logs and self._values:
+            values = torch.stack(list(self._values.values())) / self._steps
             if self.args.world_size > 1:
                 how = "sum" if self.args.average_tokens_across_devices else "mean"
                 values = self.accelerator.reduce(values, how)
             logs.update({f"distill/{name}": value for name, value in zip(self._values, values.tolist(), strict=True)})
-            self._values = {}
-            self._logged_step = self.state.global_step
+            self._values, self._steps = {}, 0
         super().log(logs, *args, **kwargs)
 
 

@@ -54,19 +54,19 @@ def cells() -> list[Cell]:
     main = [Cell("main", 0.9, 240, 1e-3, kl_weight=kl, squarehead_weight=sh) for kl, sh in LOSSES]
     weight = [
         Cell("weight", 0.9, 240, 1e-3, kl_weight=kl, squarehead_weight=sh)
-        for kl, sh in ((0.0, 0.03), (0.0, 0.1), (0.0, 0.3), (1.0, 0.03), (1.0, 0.1))
+        for kl, sh in ((0.0, 0.03), (0.0, 0.1), (1.0, 0.03), (1.0, 0.1))
     ]
     kl = [
-        Cell("kl", 0.9, 240, 1e-3, ce_weight=0.0, kl_weight=1.0),
         Cell("kl", 0.9, 240, 1e-3, kl_weight=3.0),
+        Cell("kl", 0.9, 240, 1e-3, ce_weight=0.0, kl_weight=1.0),
         Cell("kl", 0.9, 240, 1e-3, kl_weight=1.0, temperature=2.0),
     ]
-    lr = [
-        Cell("lr", 0.9, 240, rate, kl_weight=kl, squarehead_weight=sh)
-        for rate in (5e-4, 2e-3)
-        for kl, sh in ((0.0, 0.0), (1.0, 0.0), (0.0, 0.1))
+    eighty = [Cell("eighty", 0.8, 150, 5e-4, kl_weight=kl, squarehead_weight=sh) for kl, sh in LOSSES]
+    seeds = [
+        Cell("seeds", 0.8, 150, 5e-4, squarehead_weight=sh, seed=seed) for seed in (1, 2) for _, sh in LOSSES[::2]
     ]
-    return [*main, *weight, *kl, *lr]
+    lora = [Cell("lora", 0.8, 150, 4e-3, squarehead_weight=sh, method="mask_lora") for _, sh in LOSSES[::2]]
+    return [*main, *eighty, *weight, *kl, *seeds, *lora]
 
 
 def train(model: PreTrainedModel, ids: Tensor, masks: MaskSet, cell: Cell, teacher: PreTrainedModel) -> dict[str, Any]:
@@ -112,7 +112,9 @@ def train(model: PreTrainedModel, ids: Tensor, masks: MaskSet, cell: Cell, teach
         trainer.train()
         seconds = (time.process_time() - start) / cell.steps
     logged = next(entry for entry in reversed(trainer.state.log_history) if "loss" in entry)
-    named = {name: round(logged[f"distill/{name}"], 4) for name in ("ce", "kl", "squarehead") if f"distill/{name}" in logged}
+    named = {
+        name: round(logged[f"distill/{name}"], 4) for name in ("ce", "kl", "squarehead") if f"distill/{name}" in logged
+    }
     return {"cpu_seconds_per_step": round(seconds, 3), "last_log": named}
 
 
