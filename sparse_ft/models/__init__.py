@@ -12,9 +12,16 @@ from sparse_ft.models.names import canonical_name, named_weights
 from sparse_ft.models.targets import Target, find_blocks, find_targets, matrix_view
 
 if TYPE_CHECKING:
-    from sparse_ft.models.loading import load_config, load_model, load_skeleton, load_tokenizer, model_class
+    from sparse_ft.models.loading import (
+        load_config,
+        load_model,
+        load_skeleton,
+        load_tokenizer,
+        make_skeleton,
+        model_class,
+    )
 
-_LOADING = ("load_config", "load_model", "load_skeleton", "load_tokenizer", "model_class")
+_LOADING = ("load_config", "load_model", "load_skeleton", "load_tokenizer", "make_skeleton", "model_class")
 
 __all__ = [
     "HALF_DTYPES",
@@ -26,6 +33,7 @@ __all__ = [
     "load_model",
     "load_skeleton",
     "load_tokenizer",
+    "make_skeleton",
     "matrix_view",
     "model_class",
     "named_weights",

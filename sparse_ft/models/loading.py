@@ -102,16 +102,29 @@ def load_skeleton(name_or_path: str | Path, *, dtype: torch.dtype | None = None)
         dtype: of parameters, and of buffers the model computes in its own dtype; torch's default dtype when None.
     """
     config = load_config(name_or_path)
-    cls: Any = model_class(config)
+    return make_skeleton(model_class(config), config, dtype=dtype)
+
+
+def make_skeleton(
+    model_type: type[PreTrainedModel], config: PretrainedConfig, *, dtype: torch.dtype | None = None
+) -> PreTrainedModel:
+    """`load_skeleton` of a class and a config that are at hand.
+
+    Args:
+        model_type: class of the model.
+        config: the model keeps it and may change it.
+        dtype: as in `load_skeleton`.
+    """
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype or before)  # only so do buffers made in `__init__` have the dtype they are loaded in
     try:
         with init_empty_weights(include_buffers=False):
-            model = cls(config)
+            model: Any = model_type(config)
     finally:
         torch.set_default_dtype(before)
     model.tie_weights()
-    return model.eval()
+    skeleton: PreTrainedModel = model.eval()
+    return skeleton
 
 
 def load_tokenizer(name_or_path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

@@ -91,8 +91,11 @@ def _is_linear_like(module: nn.Module) -> bool:
 
 
 def _is_conv1d(module: nn.Module) -> bool:
-    """GPT-2's linear with an (in, out) weight; recognised by name so that masks work without importing transformers."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+    """GPT-2's linear with an (in, out) weight; recognised by name so that masks work without importing transformers.
+
+    A parametrised one is of a class derived from it.
+    """
+    return any(cls.__name__ == "Conv1D" for cls in type(module).__mro__) and hasattr(module, "nf")
 
 
 def _is_experts(module: nn.Module) -> bool:
