@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from sparse_ft.adapters import merge_into_base as merge_into_base
     from sparse_ft.deltas import Delta as Delta
     from sparse_ft.deltas import extract_delta as extract_delta
+    from sparse_ft.distillation import DistillationConfig as DistillationConfig
+    from sparse_ft.distillation import distilling as distilling
     from sparse_ft.evaluation import perplexity as perplexity
     from sparse_ft.evaluation import sparsity_table as sparsity_table
     from sparse_ft.masks import MaskSet as MaskSet
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
 _ROOM_OF = {
     "AdamR": "training",
     "Delta": "deltas",
+    "DistillationConfig": "distillation",
     "LoraPruneConfig": "adapters",
     "LoraPruneModel": "adapters",
     "MaskCallback": "training",
@@ -54,6 +57,7 @@ _ROOM_OF = {
     "Pattern": "masks",
     "ScaleLoraConfig": "adapters",
     "ScaleLoraModel": "adapters",
+    "distilling": "distillation",
     "extract_delta": "deltas",
     "find_targets": "models",
     "merge_checkpoints": "merging",
@@ -70,6 +74,7 @@ _ROOM_OF = {
 __all__ = [
     "AdamR",
     "Delta",
+    "DistillationConfig",
     "LoraPruneConfig",
     "LoraPruneModel",
     "MaskCallback",
@@ -80,6 +85,7 @@ __all__ = [
     "ScaleLoraConfig",
     "ScaleLoraModel",
     "__version__",
+    "distilling",
     "extract_delta",
     "find_targets",
     "merge_checkpoints",
