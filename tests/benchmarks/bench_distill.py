@@ -1,7 +1,7 @@
-"""What a teacher costs in a real `Trainer` step: time, memory with large vocabularies, and a teacher made of the student.
+"""What a teacher costs in a real `Trainer` step: time, memory with large vocabularies, and one made of the student.
 
-    python tests/benchmarks/bench_distill.py                    # writes docs/results/distill/{step,memory,self_teacher}.json
-    python tests/benchmarks/bench_distill.py --only step --size tiny --rounds 1 --output /tmp/distill      # a smoke run
+    python tests/benchmarks/bench_distill.py         # writes docs/results/distill/{step,memory,self_teacher}.json
+    python tests/benchmarks/bench_distill.py --only step --size tiny --rounds 1 --output /tmp/distill  # a smoke run
 
 Models are Llamas from their config, the teacher as large as its student and without gradients; AdamW, clipping at 1.
 
