@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import delta_views
+import distillation_views
 import retraining_views
 from table_text import Result, Row, over_seeds, provenance, table
 
@@ -43,6 +44,9 @@ MERGES = "merging/quality"
 MERGE_SPEED = "merging/speed"
 MERGE_PEER = "merging/peer"
 FIRST_USE = "merging/first_use"
+DISTILLED = "distillation/llama_wt2"
+DISTILLED_TASKS = {"distillation/sst2": "accuracy", "distillation/t5": "exact_match"}
+DISTILL_COSTS = ("distill/step", "distill/memory", "distill/self_teacher")
 
 # page of a method -> how the names in its rows begin (column `method`, `variant` or `model`)
 METHOD_PAGES: dict[str, tuple[str, ...]] = {
@@ -127,6 +131,7 @@ VIEWS: dict[str, Callable[[Sequence[Row]], list[Row]]] = {
     MERGES: delta_views.merges,
     MERGE_SPEED: delta_views.merge_speed,
     MERGE_PEER: delta_views.peer,
+    DISTILLED: distillation_views.losses,
 }
 TITLES = {
     ONE_SHOT: "One-shot pruning",
@@ -142,6 +147,12 @@ TITLES = {
     MERGES: "Two fine-tunes merged, perplexity on the domain of each",
     MERGE_SPEED: "Merges of three fine-tunes, bf16, beside a copy and mergekit",
     MERGE_PEER: "Merges with `compat: mergekit` beside mergekit's own, fp32",
+    DISTILLED: "Retraining with the dense model as the teacher",
+    "distillation/sst2": "A sparse classifier and its dense teacher, accuracy on SST-2",
+    "distillation/t5": "A sparse T5 and its dense teacher, a task with known answers",
+    DISTILL_COSTS[0]: "One training step with a teacher",
+    DISTILL_COSTS[1]: "Memory of a step with large vocabularies",
+    DISTILL_COSTS[2]: "A teacher made of the student's own weights",
     FIRST_USE: "Compiled loops when they are first used, and when they are there",
 }
 
@@ -210,6 +221,20 @@ def delta_fragments(results: dict[str, Result]) -> Iterable[tuple[str, str]]:
         alone = section(key, results[key], delta_views.adamr(rows)) if rows else file_fragment(results, key)
         yield f"{name}_adamr.md", alone
     for key in DELTA_COSTS:
+        yield f"{key.replace('/', '_')}.md", file_fragment(results, key)
+
+
+def distillation_fragments(results: dict[str, Result]) -> Iterable[tuple[str, str]]:
+    """Every loss beside the others, what SquareHead adds where it was added, and what a teacher costs."""
+    yield "distillation_losses.md", file_fragment(results, DISTILLED)
+    parts = []
+    for key, metric in ((DISTILLED, "perplexity"), *DISTILLED_TASKS.items()):
+        if key in results:
+            better = "low" if key == DISTILLED else "high"
+            rows = distillation_views.squarehead(results[key]["rows"], metric, better=better)
+            parts.append(f"**{title(key)}**\n\n{table(rows)}\n\n{provenance(key, results[key])}\n")
+    yield "distillation_squarehead.md", "\n".join(parts) or "No measurement is in `docs/results/distillation`.\n"
+    for key in DISTILL_COSTS:
         yield f"{key.replace('/', '_')}.md", file_fragment(results, key)
 
 
@@ -300,7 +325,9 @@ def commands_fragment() -> str:
                 name = f"{group.__module__.split('.')[0]}.{group.__name__}"
                 parts.append(f"And every field of `{name}`, as it is called there.\n")
                 continue
-            parts.append(f"**{summary}**\n\n{table([option_row(entry) for entry in dataclasses.fields(group)])}\n")
+            parts.append(
+                f"**{summary}**\n\n{table([option_row(entry) for entry in dataclasses.fields(group) if entry.init])}\n"
+            )
     return "\n".join(parts)
 
 
@@ -349,6 +376,7 @@ def fragments(results: dict[str, Result], readme: str) -> Iterable[tuple[str, st
     yield "encoder.md", file_fragment(results, ENCODER)
     yield "adapter_steps.md", file_fragment(results, STEP)
     yield from delta_fragments(results)
+    yield from distillation_fragments(results)
     yield "merging_quality.md", file_fragment(results, MERGES)
     yield "merging_speed.md", file_fragment(results, MERGE_SPEED)
     yield "merging_peer.md", file_fragment(results, MERGE_PEER)
