@@ -36,7 +36,7 @@ def restore(weight: Tensor, packed: Tensor, values: Tensor, starts: Tensor) -> T
         A new tensor.
     """
     if weight.device.type != "cpu":
-        return weight.masked_scatter(unpack_keep_bits(packed, weight.shape) == 0, values)
+        return restore_anywhere(weight, packed, values)
     dense = torch.empty_like(weight)
     integer = _INTEGER_OF_SIZE[weight.element_size()]
     out, kept, pruned = (tensor.view(-1).view(integer).numpy() for tensor in (dense, weight, values))
@@ -55,6 +55,11 @@ def restore(weight: Tensor, packed: Tensor, values: Tensor, starts: Tensor) -> T
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(fill, pieces))
     return dense
+
+
+def restore_anywhere(weight: Tensor, packed: Tensor, values: Tensor) -> Tensor:
+    """`restore` by torch's own operations, on any device."""
+    return weight.masked_scatter(unpack_keep_bits(packed, weight.shape) == 0, values)
 
 
 def first_zeros(packed: Tensor, numel: int) -> Tensor:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from sparse_ft.adapters import MaskLoraConfig, prepare_perp
 from sparse_ft.distillation import self_teacher, self_teacher_bytes
-from sparse_ft.distillation.pruned_values import PrunedValues, first_zeros, restore
+from sparse_ft.distillation.pruned_values import PrunedValues, first_zeros, restore, restore_anywhere
 from sparse_ft.distillation.stacks import find_stacks
 from sparse_ft.masks import MaskSet, pack_bits
 from sparse_ft.masks.blocks import PIECE
@@ -357,3 +357,25 @@ def test_mask_lora_on_all_families_shares_what_is_frozen() -> None:
         assert_same(outputs(teacher), outputs(dense))
         assert sum(isinstance(module, PrunedValues) for module in teacher.modules()) == len(masks)
         assert self_teacher_bytes(teacher, student).share < 0.6
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_it_is_the_dense_original_on_a_gpu(family: str) -> None:
+    dense, student, masks = make(family, dtype=BF16)
+    batch = {name: value.cuda() for name, value in tiny_batch(dense).items()}
+    dense.cuda()
+    teacher = self_teacher(student.cuda(), masks, dense)
+    with torch.no_grad():
+        assert torch.equal(teacher(**batch).logits, dense(**batch).logits)
+    assert self_teacher_bytes(teacher, student).share < 0.65  # its masks are on the GPU too
+
+
+def test_the_masks_may_be_elsewhere_than_the_weights() -> None:
+    dense = torch.randn(3, 50)
+    mask = torch.rand(3, 50) < 0.5
+    part = PrunedValues(pack_bits(mask), dense[~mask], dense.numel())
+    moved = copy.deepcopy(part).to("meta")
+    assert moved.packed.is_meta and not moved.bits_of_set.is_meta
+    assert torch.equal(part(dense * mask), dense)
+    assert torch.equal(restore_anywhere(dense * mask, part.packed, part.values), dense)
