@@ -1,7 +1,7 @@
 """Recovery by distillation: cross-entropy, KL and SquareHead after magnitude pruning, and what SquareHead depends on.
 
     python tests/benchmarks/quality_distillation.py                  # hours on one core; resumes where it stopped
-    python tests/benchmarks/quality_distillation.py --only weight    # one part: main, lr, weight, layers, length, seeds
+    python tests/benchmarks/quality_distillation.py --only weight    # one part: main, eighty, weight, kl, seeds, ...
 
 Every cell prunes a fresh copy by magnitude, trains the stated number of steps of 12 x 256 tokens with AdamW (no weight
 decay, 10% warm-up, linear decay, bf16 autocast) with the dense model as the teacher, merges adapters, verifies the
@@ -62,11 +62,16 @@ def cells() -> list[Cell]:
         Cell("kl", 0.9, 240, 1e-3, kl_weight=1.0, temperature=2.0),
     ]
     eighty = [Cell("eighty", 0.8, 150, 5e-4, kl_weight=kl, squarehead_weight=sh) for kl, sh in LOSSES]
-    seeds = [
-        Cell("seeds", 0.8, 150, 5e-4, squarehead_weight=sh, seed=seed) for seed in (1, 2) for _, sh in LOSSES[::2]
-    ]
+    seeds = [Cell("seeds", 0.8, 150, 5e-4, squarehead_weight=sh, seed=seed) for seed in (1, 2) for _, sh in LOSSES[::2]]
     lora = [Cell("lora", 0.8, 150, 4e-3, squarehead_weight=sh, method="mask_lora") for _, sh in LOSSES[::2]]
-    return [*main, *eighty, *weight, *kl, *seeds, *lora]
+    both = (0.0, 0.1)
+    layers = [
+        Cell("layers", 0.8, 150, 5e-4, squarehead_weight=0.1),
+        *(Cell("layers", 0.8, 150, 5e-4, squarehead_weight=sh, layers=text) for sh, text in ((0.3, "8"), (0.3, "4"))),
+    ]
+    length = [Cell("length", 0.8, steps, 5e-4, squarehead_weight=sh) for steps in (50, 400) for sh in both]
+    lr = [Cell("lr", 0.8, 150, rate, squarehead_weight=sh) for rate in (1e-3, 2.5e-4) for sh in both]
+    return [*main, *eighty, *weight, *kl, *seeds, *lora, *layers, *length, *lr]
 
 
 def train(model: PreTrainedModel, ids: Tensor, masks: MaskSet, cell: Cell, teacher: PreTrainedModel) -> dict[str, Any]:
