@@ -3,7 +3,8 @@
 No tensor of tokens × vocabulary is made. The loss is a scalar, so its gradient is known, up to a factor, as soon as a
 chunk's logits are: the forward pass turns each chunk into its share of dL/dstates and dL/dhead, drops the logits, and
 backward only multiplies by the factor. The student's head is multiplied three times, as in plain training, and the
-teacher's once; nothing is computed twice.
+teacher's once; nothing is computed twice. A chunk is large, so that these products are efficient; what happens between
+them is done on blocks of it that stay in the processor's cache, and a block's gradient replaces its product.
 
 Gradients of the head are summed in fp32. They live from the end of the forward pass to the start of backward, where
 plain training makes them as well. Without gradients (`torch.no_grad`) only the values are computed.
@@ -11,8 +12,9 @@ plain training makes them as well. Without gradients (`torch.no_grad`) only the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -22,12 +24,17 @@ from torch.autograd.function import once_differentiable
 
 from sparse_ft.distillation.states import wide
 
-# Logits are in fp32 this many values at a time (64 MiB), whatever the vocabulary and the batch.
-LOGITS_PER_CHUNK = 2**24
+# A product of a head has this many values at a time (64 MiB in bf16), whatever the vocabulary and the batch.
+LOGITS_PER_CHUNK = 2**25
 
-# (positions (n,), logits / temperature (n, V), their log-sum-exp (n,)) -> (KL (n,), probabilities p (n, V)), where the
-# gradient of KL by the logits / temperature is softmax - p; p is new memory that the caller may overwrite
-Target: TypeAlias = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+# Logits are in fp32 this many values at a time: 1 MiB for each core of a CPU, 64 MiB on other devices.
+_PER_BLOCK_AND_THREAD, _PER_BLOCK = 2**18, 2**24
+
+# (a block of a chunk, log softmax of the student's logits / temperature (n, V)) -> (KL (n,), probabilities p (n, V)),
+# where the gradient of KL by the logits / temperature is softmax - p; p is new memory that the caller may overwrite
+Comparison: TypeAlias = Callable[[slice, Tensor], tuple[Tensor, Tensor]]
+# A chunk's positions -> how its blocks are compared
+Target: TypeAlias = Callable[[Tensor], Comparison]
 
 
 class Head(NamedTuple):
@@ -101,6 +108,31 @@ def product_dtype(states: Tensor) -> torch.dtype:
     return states.dtype
 
 
+def head_product(rows: Tensor, head: Head | None, dtype: torch.dtype) -> Tensor:
+    """x Wᵀ + b in `dtype`, in new memory unless `head` is None.
+
+    Args:
+        rows: (n, h), or the logits (n, V) themselves if `head` is None.
+        head: the head, or None.
+        dtype: what the product is computed in.
+    """
+    if head is None:
+        return rows
+    with torch.autocast(head.weight.device.type, enabled=False):
+        bias = None if head.bias is None else head.bias.to(head.weight.device, dtype)
+        return F.linear(rows.to(head.weight.device, dtype), head.weight.to(dtype), bias)
+
+
+def as_logits(product: Tensor, head: Head | None) -> Tensor:
+    """Logits in fp32 (fp64 for fp64 input) of a product of the head, which is overwritten if it is in that dtype."""
+    logits = product.to(wide(product.dtype))
+    if head is None:
+        return logits
+    if head.scale != 1:
+        logits.mul_(head.scale)
+    return logits if head.softcap is None else logits.div_(head.softcap).tanh_().mul_(head.softcap)
+
+
 def head_logits(rows: Tensor, head: Head | None, dtype: torch.dtype) -> Tensor:
     """Logits in fp32 (fp64 for fp64 input), in new memory unless `head` is None and the rows are in it already.
 
@@ -109,21 +141,7 @@ def head_logits(rows: Tensor, head: Head | None, dtype: torch.dtype) -> Tensor:
         head: the head, or None.
         dtype: what the product is computed in.
     """
-    if head is None:
-        return rows.to(wide(rows.dtype))
-    with torch.autocast(head.weight.device.type, enabled=False):
-        bias = None if head.bias is None else head.bias.to(head.weight.device, dtype)
-        logits = F.linear(rows.to(head.weight.device, dtype), head.weight.to(dtype), bias).to(wide(dtype))
-    if head.scale != 1:
-        logits.mul_(head.scale)
-    return logits if head.softcap is None else logits.div_(head.softcap).tanh_().mul_(head.softcap)
-
-
-def softmax_and_normaliser(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Softmax (n, V) and log-sum-exp (n,) of the logits with one exponential per entry."""
-    probabilities = torch.softmax(logits, -1)
-    largest, where = logits.max(-1, keepdim=True)
-    return probabilities, (largest - probabilities.gather(-1, where).log()).squeeze(-1)
+    return as_logits(head_product(rows, head, dtype), head)
 
 
 def token_loss(states: Tensor, head: Head | None, task: TokenTask) -> TokenLoss:
@@ -142,29 +160,38 @@ def token_loss(states: Tensor, head: Head | None, task: TokenTask) -> TokenLoss:
     return TokenLoss(*_TokenLoss.apply(states, weight, bias, head, task, needs))
 
 
-def _chunk_loss(logits: Tensor, part: slice, task: TokenTask, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
+def _blocks(products: Tensor) -> Iterator[slice]:
+    """The rows of a chunk, a block at a time."""
+    on_cpu = products.device.type == "cpu"
+    values = _PER_BLOCK_AND_THREAD * torch.get_num_threads() if on_cpu else _PER_BLOCK
+    rows = max(1, values // products.shape[-1])
+    for start in range(0, len(products), rows):
+        yield slice(start, start + rows)
+
+
+def _block_loss(
+    logits: Tensor, labels: Tensor, compare: Callable[[Tensor], Any] | None, task: TokenTask, with_gradient: bool
+) -> tuple[Tensor, Tensor | None]:
     """(sum of CE, sum of temperature² · KL) and the gradient (n, V) of the weighted sum by the logits."""
-    labels, zero = task.labels[part].unsqueeze(-1), logits.new_zeros(())
-    ce, kl, gradient, probabilities = zero, zero, None, None
-    tempered = logits if task.temperature == 1 else logits / task.temperature
-    if task.target is not None:
-        probabilities, normaliser = softmax_and_normaliser(tempered)
-        rows, wanted = task.target(task.positions[part], tempered, normaliser)
+    labels, smoothing, factor = labels.unsqueeze(-1), task.label_smoothing, task.ce_weight
+    ce, kl, gradient = logits.new_zeros(()), logits.new_zeros(()), None
+    log_probs = torch.log_softmax(logits, -1) if factor or task.temperature == 1 else logits
+    tempered = log_probs if task.temperature == 1 else torch.log_softmax(logits / task.temperature, -1)
+    if factor:
+        ce = (smoothing - 1) * log_probs.gather(-1, labels).sum()
+        if smoothing:
+            ce = ce - smoothing * log_probs.mean(-1).sum()
+    if compare is not None:
+        rows, wanted = compare(tempered)
         kl = rows.sum() * task.temperature**2
         if with_gradient:
-            gradient = wanted.neg_().add_(probabilities).mul_(task.kl_weight * task.temperature)
-    if task.ce_weight:
-        if probabilities is None or task.temperature != 1:
-            probabilities, normaliser = softmax_and_normaliser(logits)
-        smoothing = task.label_smoothing
-        ce = (normaliser - (1 - smoothing) * logits.gather(-1, labels).squeeze(-1)).sum()
+            gradient = torch.sub(tempered.exp_(), wanted, out=wanted).mul_(task.kl_weight * task.temperature)
+    if factor and with_gradient:
+        probabilities = log_probs if compare is not None and task.temperature == 1 else log_probs.exp_()
+        gradient = probabilities.mul_(factor) if gradient is None else gradient.add_(probabilities, alpha=factor)
         if smoothing:
-            ce = ce - smoothing * logits.mean(-1).sum()
-        if with_gradient:
-            share = probabilities.sub_(smoothing / logits.shape[-1]) if smoothing else probabilities
-            share.scatter_add_(-1, labels, torch.full_like(labels, smoothing - 1, dtype=share.dtype))
-            share.mul_(task.ce_weight)
-            gradient = share if gradient is None else gradient.add_(share)
+            gradient.sub_(factor * smoothing / logits.shape[-1])
+        gradient.scatter_add_(-1, labels, torch.full_like(labels, factor * (smoothing - 1), dtype=gradient.dtype))
     return torch.stack([ce, kl]), gradient
 
 
@@ -199,14 +226,22 @@ class _TokenLoss(torch.autograd.Function):
             torch.zeros_like(bias, dtype=wide(dtype)) if needs[2] and bias is not None else None,
         ]
         for start in range(0, len(task.positions), task.chunk):
-            part = slice(start, start + task.chunk)
-            rows = states[task.positions[part]].to(dtype)
-            logits = head_logits(rows, head, dtype)
-            values, gradient = _chunk_loss(logits, part, task, any(needs))
-            sums += values
-            if gradient is not None:
-                gradient = gradient if head is None else _through_cap(gradient, logits, head)
-                _spread(gradient, rows, head, task.positions[part], gradients)
+            positions, labels = (every[start : start + task.chunk] for every in (task.positions, task.labels))
+            rows = states[positions].to(dtype)
+            products = head_product(rows, head, dtype)
+            comparison = None if task.target is None else task.target(positions)
+            for block in _blocks(products):
+                logits = as_logits(products[block], head)
+                compare = None if comparison is None else partial(comparison, block)
+                values, gradient = _block_loss(logits, labels[block], compare, task, any(needs))
+                sums += values
+                if gradient is not None:
+                    gradient = gradient if head is None else _through_cap(gradient, logits, head)
+                    if gradients[2] is not None:
+                        gradients[2].add_(gradient.sum(0))
+                    products[block] = gradient
+            if any(needs) and (comparison is not None or task.ce_weight):
+                _spread(products, rows, head, positions, gradients)
         ctx.save_for_backward(*gradients)
         ctx.values_at_a_time = task.chunk * vocabulary(states, head)
         ctx.dtypes = [None if t is None else t.dtype for t in (states, weight, bias)]
@@ -236,15 +271,12 @@ def _scaled(kept: Tensor, grad: Tensor, dtype: torch.dtype, values: int) -> Tens
 def _spread(
     gradient: Tensor, rows: Tensor, head: Head | None, positions: Tensor, gradients: list[Tensor | None]
 ) -> None:
-    """Add what a chunk's gradient by its products (n, V) means for states, weight and bias."""
-    to_states, to_weight, to_bias = gradients
+    """Add what a chunk's gradient by its products (n, V) means for states and weight."""
+    to_states, to_weight, _ = gradients
     if head is None:
         if to_states is not None:
             to_states.index_copy_(0, positions, gradient.to(to_states.dtype))
         return
-    if to_bias is not None:
-        to_bias.add_(gradient.sum(0))
-    gradient = gradient.to(rows.dtype)
     with torch.autocast(rows.device.type, enabled=False):
         if to_states is not None:
             to_states.index_copy_(0, positions, (gradient @ head.weight).to(to_states.dtype))

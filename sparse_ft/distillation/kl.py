@@ -19,17 +19,19 @@ Source: Hinton et al., "Distilling the Knowledge in a Neural Network", arXiv 150
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from sparse_ft.distillation.head import (
     LOGITS_PER_CHUNK,
+    Comparison,
     Head,
     Target,
     TokenLoss,
     TokenTask,
-    head_logits,
+    as_logits,
+    head_product,
     product_dtype,
-    softmax_and_normaliser,
     token_loss,
     vocabulary,
 )
@@ -63,7 +65,7 @@ def kl_loss(
         shift: position i predicts label i + 1, as in decoders; False: label i, as in encoder-decoders.
         num_items: what the sum is divided by, such as the number of labels in all micro-batches; None: the number of
             positions here.
-        chunk: positions at a time; None: as many as make 2^24 logits. It does not change the result.
+        chunk: positions at a time; None: as many as make 2^25 logits. It does not change the result.
 
     Returns:
         A scalar in fp32; 0, with gradient 0, if no position has a label.
@@ -122,7 +124,7 @@ def ce_kl_loss(
         ignore_index: the label of tokens that are not trained on.
         shift: position i predicts label i + 1, as in decoders; False: label i, as in encoder-decoders.
         num_items: what the sums are divided by; None: the number of positions here.
-        chunk: positions at a time; None: as many as make 2^24 logits. It does not change the result.
+        chunk: positions at a time; None: as many as make 2^25 logits. It does not change the result.
 
     Returns:
         The differentiable total and both values, in fp32; 0 if no position has a label.
@@ -169,15 +171,19 @@ def _target(teacher: Tensor | TopK, head: Head | None, temperature: float) -> Ta
     dtype = teacher.dtype if head is None else product_dtype(teacher)
     head = None if head is None else head._replace(weight=head.weight.detach().to(dtype))  # once, not in every chunk
 
-    def target(positions: Tensor, logits: Tensor, normaliser: Tensor) -> tuple[Tensor, Tensor]:
-        rows = teacher[positions.to(teacher.device)]
-        own = head_logits(rows, head, dtype).to(logits.device, logits.dtype)
-        if temperature != 1:
-            own.div_(temperature)
-        probabilities, own_normaliser = softmax_and_normaliser(own)
-        # Σ p (log p - log q), with both normalisers taken out of the sum: exactly 0 for equal logits
-        divergence = own.sub_(logits).mul_(probabilities).sum(-1) - (own_normaliser - normaliser)
-        return divergence, probabilities
+    def target(positions: Tensor) -> Comparison:
+        products = head_product(teacher[positions.to(teacher.device)], head, dtype)
+
+        def compare(block: slice, log_probs: Tensor) -> tuple[Tensor, Tensor]:
+            own = as_logits(products[block], head).to(log_probs.device, log_probs.dtype)
+            if temperature != 1:
+                own.div_(temperature)
+            own = torch.log_softmax(own, -1)
+            difference = own - log_probs
+            probabilities = own.exp_()
+            return difference.mul_(probabilities).sum(-1), probabilities
+
+        return compare
 
     return target
 

@@ -24,14 +24,16 @@ import torch
 from torch import Tensor
 
 from sparse_ft.distillation.head import (
-    LOGITS_PER_CHUNK,
+    Comparison,
     Head,
     Target,
     head_logits,
     product_dtype,
-    softmax_and_normaliser,
     vocabulary,
 )
+
+# 64 MiB in fp32
+_LOGITS_PER_CHUNK = 2**24
 
 
 class TopK(NamedTuple):
@@ -85,7 +87,7 @@ def top_k_targets(
     if not temperature > 0:
         raise ValueError(f"The temperature is {temperature}, but logits are divided by it: give a positive number.")
     flat = states.reshape(-1, states.shape[-1])
-    chunk = chunk or max(1, LOGITS_PER_CHUNK // size)
+    chunk = chunk or max(1, _LOGITS_PER_CHUNK // size)
     log_probs = torch.empty(len(flat), k, dtype=dtype, device=flat.device)
     indices = torch.empty(len(flat), k, dtype=torch.int32, device=flat.device)
     tail = torch.empty(len(flat), dtype=dtype, device=flat.device)
@@ -107,19 +109,28 @@ def top_k_target(targets: TopK) -> Target:
     log_probs = targets.log_probs.reshape(-1, targets.log_probs.shape[-1])
     indices, tails = targets.indices.reshape(log_probs.shape), targets.tail.reshape(-1)
 
-    def target(positions: Tensor, logits: Tensor, normaliser: Tensor) -> tuple[Tensor, Tensor]:
+    def target(positions: Tensor) -> Comparison:
         at = positions.to(log_probs.device)
-        top = log_probs[at].to(logits.device, logits.dtype)
-        tail = tails[at].to(logits.device, logits.dtype)
-        chosen = indices[at].to(logits.device, torch.int64)
-        total = torch.cat([top, tail.unsqueeze(-1)], -1).logsumexp(-1)
-        top, tail = top - total.unsqueeze(-1), tail - total
-        by_student = logits.gather(-1, chosen) - normaliser.unsqueeze(-1)
-        divergence = (top.exp() * (top - by_student)).sum(-1)
-        if chosen.shape[-1] == logits.shape[-1]:
-            return divergence, torch.empty_like(logits).scatter_(-1, chosen, top.exp())
-        wanted, rest = softmax_and_normaliser(logits.scatter(-1, chosen, -torch.inf))
-        divergence += tail.exp() * (tail - (rest - normaliser))
-        return divergence, wanted.mul_(tail.exp().unsqueeze(-1)).scatter_(-1, chosen, top.exp())
+
+        def compare(block: slice, student: Tensor) -> tuple[Tensor, Tensor]:
+            top, tail = (each[at[block]].to(student.device, student.dtype) for each in (log_probs, tails))
+            chosen = indices[at[block]].to(student.device, torch.int64)
+            total = torch.cat([top, tail.unsqueeze(-1)], -1).logsumexp(-1)
+            top, tail = top - total.unsqueeze(-1), tail - total
+            divergence = (top.exp() * (top - student.gather(-1, chosen))).sum(-1)
+            if chosen.shape[-1] == student.shape[-1]:
+                return divergence, torch.empty_like(student).scatter_(-1, chosen, top.exp())
+            wanted, rest = _softmax_and_normaliser(student.scatter(-1, chosen, -torch.inf))
+            divergence += tail.exp() * (tail - rest)
+            return divergence, wanted.mul_(tail.exp().unsqueeze(-1)).scatter_(-1, chosen, top.exp())
+
+        return compare
 
     return target
+
+
+def _softmax_and_normaliser(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax (n, V) and log-sum-exp (n,) of the logits with one exponential per entry."""
+    probabilities = torch.softmax(logits, -1)
+    largest, where = logits.max(-1, keepdim=True)
+    return probabilities, (largest - probabilities.gather(-1, where).log()).squeeze(-1)

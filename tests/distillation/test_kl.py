@@ -91,9 +91,14 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.parametrize("block", [1, None])
 @pytest.mark.parametrize("chunk", [1, 3, 6, 100, None])
 @pytest.mark.parametrize("case", CASES)
-def test_value_and_gradients_are_those_of_the_plain_form(case: str, chunk: int | None) -> None:
+def test_value_and_gradients_are_those_of_the_plain_form(
+    case: str, chunk: int | None, block: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if block is not None:  # a position at a time inside a chunk
+        monkeypatch.setattr("sparse_ft.distillation.head._PER_BLOCK_AND_THREAD", block)
     p = problem()
     torch.testing.assert_close(with_head(p, chunk=chunk, **CASES[case]).total, reference(p, **CASES[case]))
     ours = gradients(lambda q, **k: 1.5 * with_head(q, **k).total, p, chunk=chunk, **CASES[case])

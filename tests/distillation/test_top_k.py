@@ -39,15 +39,17 @@ def by_hand(s: Tensor, t: Tensor, k: int, temperature: float) -> float:
     return temperature**2 * total / count
 
 
+@pytest.mark.parametrize("block", [1, 2**18])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("k", [1, 4, VOCABULARY - 1, VOCABULARY])
-def test_value_and_gradient(k: int, temperature: float) -> None:
+def test_value_and_gradient(k: int, temperature: float, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sparse_ft.distillation.head._PER_BLOCK_AND_THREAD", block)
     s, t = logits(0)
     targets = top_k_targets(t, k, temperature=temperature, dtype=torch.float64, chunk=3)
     s.requires_grad_()
 
     def loss(x: Tensor) -> Tensor:
-        return kl_loss(x, targets, LABELS, temperature=temperature, chunk=2)
+        return kl_loss(x, targets, LABELS, temperature=temperature, chunk=3)
 
     torch.testing.assert_close(loss(s).item(), by_hand(s, t, k, temperature))
     assert torch.autograd.gradcheck(loss, s)
