@@ -154,8 +154,9 @@ def run(argv: Sequence[str]) -> int:
             )
         if teacher.wanted:
             raise ValueError(
-                "Method 'reconstruct' compares each block with the dense model's by itself; leave out --teacher."
+                "Method 'reconstruct' compares each block with the dense model's by itself; leave out the teacher."
             )
+        check_teacher(teacher, trains_all=False, quantised=False)
         return reconstruct.run(argv)
     check_unused(choose_method(how.method).name, windows)
     groups = (names, text, how, teacher, evaluation, training)
@@ -183,9 +184,13 @@ def _check(
     inputs = [path for path in (names.model_name_or_path, teacher.teacher, teacher.teacher_cache) if path is not None]
     output_dir = check_output_dir(training.output_dir, inputs=inputs, overwrite=how.overwrite)
     check_left_over(run_dir_of(output_dir), training.resume_from_checkpoint)
+    places = [output_dir, run_dir_of(output_dir)]
     if how.save_adapter is not None:
-        _check_apart(output_dir, Path(how.save_adapter))
+        _check_apart("save_adapter", how.save_adapter, places)
         check_output_dir(how.save_adapter, inputs=inputs, overwrite=how.overwrite)
+        places.append(Path(how.save_adapter))
+    if teacher.teacher_cache is not None:
+        _check_apart("teacher_cache", teacher.teacher_cache, places)
     if text.dataset is None:
         raise ValueError("No text to train on was given; name one with --dataset.")
     if training.max_steps == 0 or (training.max_steps < 0 and training.num_train_epochs <= 0):
@@ -194,12 +199,12 @@ def _check(
     return output_dir
 
 
-def _check_apart(output_dir: Path, adapter: Path) -> None:
-    """Refuse an adapter inside the result or the run, or either of them inside the adapter."""
-    for other in (output_dir, run_dir_of(output_dir)):
-        one, two = Path(os.path.realpath(other)), Path(os.path.realpath(adapter))
+def _check_apart(option: str, place: str, others: Sequence[Path]) -> None:
+    """Refuse a directory inside another that is written, or around it."""
+    for other in others:
+        one, two = Path(os.path.realpath(other)), Path(os.path.realpath(place))
         if one == two or one in two.parents or two in one.parents:
-            raise ValueError(f"--save_adapter '{adapter}' and '{other}' are not two places; give one beside the other.")
+            raise ValueError(f"--{option} '{place}' and '{other}' are not two places; give one beside the other.")
 
 
 def _read_job(groups: Sequence[Any], output_dir: Path, source: Path) -> Job:
@@ -237,7 +242,7 @@ def _read_job(groups: Sequence[Any], output_dir: Path, source: Path) -> Job:
         sparse=load_sparse_model(source),
     )
     job.method.check(job.sparse.model, job.sparse.masks, how, training)
-    check_teacher_fits(teacher, job.sparse.model, tokenizer)
+    check_teacher_fits(teacher, job.sparse.model, tokenizer, job.train_data)
     return job
 
 

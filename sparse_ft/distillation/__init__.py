@@ -2,7 +2,7 @@
 
 from sparse_ft.distillation.cached_targets import CachedTargets
 from sparse_ft.distillation.config import DistillationConfig
-from sparse_ft.distillation.distiller import Distiller, predictor
+from sparse_ft.distillation.distiller import Distiller, check_targets, predictor
 from sparse_ft.distillation.features import cosine_layer, cosine_loss, mse_layer, mse_loss
 from sparse_ft.distillation.head import Head, TokenLoss
 from sparse_ft.distillation.kl import ce_kl_loss, kl_loss
@@ -29,6 +29,7 @@ __all__ = [
     "ce_kl_loss",
     "check_head",
     "check_pair",
+    "check_targets",
     "check_tokenizers",
     "cosine_layer",
     "cosine_loss",
@@ -39,11 +40,11 @@ __all__ = [
     "loss_positions",
     "mse_layer",
     "mse_loss",
+    "output_head",
+    "output_module",
     "predictor",
     "self_teacher",
     "self_teacher_bytes",
-    "output_head",
-    "output_module",
     "squarehead_layer",
     "squarehead_loss",
     "teacher_energy",

@@ -27,7 +27,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -271,6 +271,18 @@ class CachedTargets:
             self.temperature,
         )  # fmt: skip
 
+    def check_rows(self, rows: Iterable[Tensor]) -> None:
+        """Refuse sequences that have no targets, before anything is trained on them. No target is read.
+
+        Args:
+            rows: token ids (T,) of each sequence, without padding.
+
+        Raises:
+            ValueError: one of them is not in the directory.
+        """
+        for number, tokens in enumerate(rows):
+            self._find(number, tokens.cpu())
+
     def _find(self, row: int, tokens: Tensor) -> tuple[int, int]:
         """Where the targets of a row start, counted over all files, and how many tokens they have."""
         key = digest(tokens)
@@ -278,7 +290,7 @@ class CachedTargets:
         at = int(np.searchsorted(digests, np.array(key, dtype=digests.dtype)))
         if at == len(digests) or self._digests[at].tobytes() != key:
             raise ValueError(
-                f"Row {row} of the batch, with {len(tokens)} tokens, is not among the {len(self)} sequences of "
+                f"Row {row}, with {len(tokens)} tokens, is not among the {len(self)} sequences of "
                 f"'{self.directory}': make the targets with the tokenizer, sequence length and packing of the "
                 f"training data, or train on the data they were made from."
             )

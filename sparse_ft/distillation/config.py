@@ -17,6 +17,7 @@ from sparse_ft.naming import check_choice
 
 FEATURES = ("squarehead", "mse", "cosine")
 _ENERGIES = ("batch", "fixed")
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def option(default: Any, help: str) -> Any:
@@ -98,6 +99,10 @@ class DistillationConfig:
             )
         if not 0 < self.temperature < math.inf:
             raise ValueError(f"The temperature is {self.temperature}, but logits are divided by it: give one above 0.")
+        for weight in self.layer_weights or ():
+            if not (math.isfinite(weight) and weight >= 0):
+                raise ValueError(f"layer_weights has {weight}, but weights are finite and at least 0: correct it.")
+        check_choice("teacher_dtype", self.teacher_dtype, _DTYPES)
         check_choice("energy", self.energy, _ENERGIES)
         if self.energy_samples < 1:
             raise ValueError(f"energy_samples is {self.energy_samples}, but energies need samples: give at least 1.")
@@ -123,6 +128,11 @@ class DistillationConfig:
         Raises:
             ValueError: if the layers do not exist, or there is not one of `layer_weights` for each pair.
         """
+        if self.distill_layers is None and student_depth != teacher_depth:
+            raise ValueError(
+                f"The student has {student_depth} layers but the teacher {teacher_depth}, and states are compared "
+                f"layer by layer: give distill_layers, pairs such as {student_depth}:{teacher_depth}, or spaced."
+            )
         pairs = layer_pairs(student_depth, teacher_depth, parse_layers(self.distill_layers))
         if self.layer_weights is not None and len(self.layer_weights) != len(pairs):
             raise ValueError(

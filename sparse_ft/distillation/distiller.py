@@ -79,7 +79,7 @@ class Distiller:
         self.energies: list[list[Tensor]] | None = None
         self._head_seen = False
         if isinstance(teacher, CachedTargets):
-            _check_targets(self.student, teacher, config)
+            check_targets(self.student, teacher, config)
         else:
             check_pair(student, teacher, config)
             self._keywords = inspect.signature(bare_model(teacher).forward).parameters
@@ -372,7 +372,7 @@ def _check_recorded(stack: Stack, layers: set[int], recorder: StateRecorder) -> 
         )
 
 
-def _check_targets(student: nn.Module, targets: CachedTargets, config: DistillationConfig) -> None:
+def check_targets(student: nn.Module, targets: CachedTargets, config: DistillationConfig) -> None:
     """Raise ValueError for stored targets that do not fit the student or the config."""
     if config.feature_weights:
         raise ValueError(

@@ -149,7 +149,9 @@ def check_tokenizers(student: Any, teacher: str | Path) -> None:
     except Exception:  # whatever it may raise: a teacher need not have one
         return
     ours, theirs = student.get_vocab(), its.get_vocab()
-    if ours == theirs:
+    # where a directory has none, transformers may make one of special tokens and at most a space
+    invented = len(set(theirs) - set(its.get_added_vocab())) <= 1
+    if ours == theirs or invented:
         return
     differing = next((token for token in sorted({*ours, *theirs}) if ours.get(token) != theirs.get(token)), "")
     raise ValueError(

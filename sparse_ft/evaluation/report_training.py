@@ -34,6 +34,11 @@ class _Measure:
 
 _MEASURES = (
     _Measure("loss", "loss, nats per token", "eval_loss", height=240.0, noisy=True),
+    _Measure("distill/ce", "cross-entropy, nats per token", noisy=True),
+    _Measure("distill/kl", "KL from the teacher, nats per token", noisy=True),
+    _Measure("distill/squarehead", "SquareHead, summed over the layers", noisy=True),
+    _Measure("distill/mse", "squared distance of hidden states, summed over the layers", noisy=True),
+    _Measure("distill/cosine", "1 − cosine of hidden states, summed over the layers", noisy=True),
     _Measure("learning_rate", "learning rate", spread=True),
     _Measure("grad_norm", "norm of the gradient, before clipping", noisy=True),
     _Measure("sparsity/total", "sparsity of the masked weights, %", height=56.0, factor=100.0, least=2.0),
@@ -103,7 +108,8 @@ def _curves(trainings: Sequence[Training]) -> Iterable[Markup]:
     evaluated = any(_points(log, "eval_loss") for one in logged for log in one.logs.values())
     several = any(len(one.logs) > 1 for one in logged)
     long = any(len(_points(log, "loss")) >= 30 for one in logged for log in one.logs.values())
-    yield tag("p", _about_curves(headed, long))
+    taught = any(key.startswith("distill/") for one in logged for log in one.logs.values() for e in log for key in e)
+    yield tag("p", _about_curves(headed, long, taught))
     label = "optimizer step" + (" of each retraining" if headed else "")
     yield panels(drawn, stretches, "Loss and what else was logged over the training steps", x_label=label)
     if evaluated:
@@ -112,10 +118,12 @@ def _curves(trainings: Sequence[Training]) -> Iterable[Markup]:
         yield tag("p", *marks, _mark(f"ring {hue}", "loss on the evaluation text"), class_="legend")
 
 
-def _about_curves(headed: bool, long: bool) -> str:
+def _about_curves(headed: bool, long: bool, taught: bool) -> str:
     said = ["What the Trainer logged, over its optimizer steps."]
     if headed:
         said.append("The retrainings stand one after the other, each with its own steps.")
+    if taught:
+        said.append("With a teacher, the loss of training is the weighted sum of those below; evaluation has none.")
     if long:
         said.append("Faint: as logged; bold: its running mean.")
     return " ".join(said)

@@ -194,6 +194,18 @@ def test_a_retraining_is_drawn_with_all_it_logged(tmp_path: Path) -> None:
     assert "learning rate" not in text and "evaluation text" not in text
 
 
+def test_what_was_learnt_from_a_teacher_is_drawn_below_the_loss(tmp_path: Path) -> None:
+    taught = [
+        {**entry, "distill/ce": 3.0, "distill/kl": 0.5, "distill/squarehead/layer_1": 0.1} for entry in log(100, 3.0)
+    ]
+    written, text = page_of(tmp_path, histories={"norms": taught})
+    [picture] = pictures(written)
+    titles = [content for _, _, kind, content in texts(picture) if kind == "panel"]
+    assert titles[1:4] == ["cross-entropy, nats per token", "KL from the teacher, nats per token", "learning rate"]
+    assert "weighted sum" in text
+    assert "weighted sum" not in page_of(tmp_path, histories={"norms": log(100, 3.0)})[1]
+
+
 def test_retrainings_stand_one_after_the_other(tmp_path: Path) -> None:
     steps = [
         step("prune", "wanda"),
