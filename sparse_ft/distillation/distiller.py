@@ -24,6 +24,7 @@ from sparse_ft.distillation.output_head import check_head, output_head, output_m
 from sparse_ft.distillation.squarehead import squarehead_layer, teacher_energy
 from sparse_ft.distillation.stacks import Stack, StateRecorder, bare_model, find_stacks, listening
 from sparse_ft.distillation.teacher import check_pair
+from sparse_ft.distillation.tokens import IGNORED
 from sparse_ft.distillation.top_k import TopK
 
 # What a trainer adds to a batch for the loss; a teacher that got labels would compute logits for all tokens.
@@ -36,7 +37,8 @@ class Recording:
 
     Attributes:
         states: by stack, the states of the compared layers.
-        head_input: what entered the output head, (B, T, h).
+        head_input: what entered the output head, (B, T, h); the last hidden state where the head's module is not called
+            because the trainer multiplies by its weight, as TRL's does.
         logits: what came out of the model: of the first token only where the head was cut short.
         decoder_inputs: what the decoder of an encoder-decoder was called with.
     """
@@ -173,6 +175,8 @@ class Distiller:
             name: value for name, value in {**batch, **record.decoder_inputs}.items() if name not in _FOR_THE_LOSS
         }
         inputs = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in inputs.items()}
+        dtype = getattr(bare_model(teacher), "dtype", torch.float32)  # of audio frames and embeddings
+        inputs = {name: v.to(dtype) if _is_float(v) else v for name, v in inputs.items()}
         if "use_cache" in self._keywords:
             inputs["use_cache"] = False
         with ExitStack() as stack:
@@ -199,11 +203,15 @@ class Distiller:
 
     def _decoder_inputs(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """What the student would feed its decoder with, where the batch does not say."""
-        shift = getattr(self.student, "prepare_decoder_input_ids_from_labels", None)
         config: Any = self.student.config
-        if not getattr(config, "is_encoder_decoder", False) or shift is None or "decoder_input_ids" in batch:
+        if not getattr(config, "is_encoder_decoder", False) or "decoder_input_ids" in batch:
             return {}
-        return {"decoder_input_ids": shift(labels=batch["labels"])}
+        shift = getattr(self.student, "prepare_decoder_input_ids_from_labels", None)
+        if shift is not None:
+            return {"decoder_input_ids": shift(labels=batch["labels"])}
+        shifted = batch["labels"].roll(1, -1)  # as Whisper does it in its forward
+        shifted[:, 0] = config.decoder_start_token_id
+        return {"decoder_input_ids": shifted.masked_fill(shifted == IGNORED, config.pad_token_id)}
 
     # -- output heads ------------------------------------------------------------------------------------------------
 
@@ -335,7 +343,12 @@ def _watching(model: nn.Module, record: Recording, *, cut_head: bool, with_gradi
         if with_gradient and not torch.is_grad_enabled():
             return None
         record.head_input = args[0]
-        return (args[0][:, :1], *args[1:]) if cut_head else None
+        # contiguous, or the product becomes one per row, each reading the whole weight
+        return (args[0][:, :1].contiguous(), *args[1:]) if cut_head else None
+
+    def behind(_module: nn.Module, _args: Any, output: Any) -> None:
+        if not with_gradient or torch.is_grad_enabled():
+            record.head_input = getattr(output, "last_hidden_state", None)
 
     def decoding(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         for name in ("input_ids", "inputs_embeds"):
@@ -351,6 +364,9 @@ def _watching(model: nn.Module, record: Recording, *, cut_head: bool, with_gradi
     handles = [model.register_forward_hook(leaving)]
     if head is not None:
         handles.append(head.register_forward_pre_hook(entering))
+        backbone: Any = getattr(model, "base_model", model)
+        if backbone is not model:
+            handles.append(backbone.register_forward_hook(behind))
     if getattr(config, "is_encoder_decoder", False):
         decoder: Any = model.get_decoder()  # type: ignore[operator]
         handles.append(decoder.register_forward_pre_hook(decoding, with_kwargs=True))
@@ -359,6 +375,10 @@ def _watching(model: nn.Module, record: Recording, *, cut_head: bool, with_gradi
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def _check_recorded(stack: Stack, layers: set[int], recorder: StateRecorder) -> None:
@@ -378,6 +398,11 @@ def check_targets(student: nn.Module, targets: CachedTargets, config: Distillati
         raise ValueError(
             f"{next(iter(config.feature_weights))}_weight compares hidden states, which stored targets do not have: "
             f"set it to 0, or give the teacher itself."
+        )
+    if getattr(student.config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"{type(student).__name__} is an encoder-decoder, but stored targets are found by one sequence of tokens: "
+            f"give the teacher itself."
         )
     if targets.temperature != config.temperature:
         raise ValueError(

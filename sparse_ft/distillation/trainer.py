@@ -84,6 +84,9 @@ class _Distilling(Trainer):
                 f"A teacher and DataParallel on {self.args.n_gpu} GPUs do not go together: start one process per GPU "
                 f"with torchrun or accelerate launch."
             )
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            how = "DeepSpeed" if self.is_deepspeed_enabled else "FSDP"
+            raise ValueError(f"A teacher needs a whole copy of the model in each process, not {how}: start with DDP.")
         if self.model_init is not None:
             raise ValueError(
                 "model_init makes a new student in each train(), but the teacher is compared with one: give model."
@@ -109,13 +112,16 @@ class _Distilling(Trainer):
             ValueError: no token of the step has a label, or padding cannot be told.
         """
         samples, num_items = super().get_batch_samples(*args, **kwargs)
-        _check_labels(samples)
+        # the count is of all processes where they are averaged, so that either none of them stops or all do
+        if num_items is None or int(num_items) == 0:
+            _check_labels(samples)
         self._totals = None
-        self._steps += 1
+        self._steps += bool(samples)
         if samples and self.distiller.stacks:
-            counts = torch.stack([torch.stack([c.cpu() for _, c in self._valid(batch)]) for batch in samples]).sum(0)
+            counts = torch.stack([torch.stack([n for _, n in self._valid(batch)]) for batch in samples]).sum(0)
+            counts = counts.to(self.args.device)
             if self.args.average_tokens_across_devices and self.args.world_size > 1:
-                counts = self.accelerator.reduce(counts.to(self.args.device), "sum")
+                counts = self.accelerator.reduce(counts, "sum")
             self._totals = list(counts.unbind())
         return samples, num_items
 
@@ -203,7 +209,7 @@ class _Distilling(Trainer):
     def _shares(self, counts: Sequence[Tensor]) -> list[Tensor]:
         """What part of the step's valid tokens this micro-batch has, by stack."""
         totals = counts if self._totals is None else self._totals
-        return [count.cpu() / total.cpu().clamp(min=1) for count, total in zip(counts, totals, strict=True)]
+        return [count / total.to(count.device).clamp(min=1) for count, total in zip(counts, totals, strict=True)]
 
     def _token_loss(
         self, with_ce: bool, batch: dict[str, Any], record: Recording, seen: Recording | None, num_items: Any
@@ -220,6 +226,11 @@ class _Distilling(Trainer):
         }
         if distiller.classifies:
             assert record.logits is not None and seen is not None and seen.logits is not None
+            if labels.is_floating_point():
+                raise ValueError(
+                    f"kl_weight is {config.kl} but the labels are {labels.dtype}, which name no class: set kl_weight "
+                    f"to 0."
+                )
             rows = labels.shape if labels.ndim > 1 else (len(labels), 1)
             student, teacher = (logits.view(*rows, -1) for logits in (record.logits, seen.logits))
             return ce_kl_loss(student, labels.view(rows), teacher=teacher, shift=False, **common)
@@ -298,9 +309,15 @@ def _labels(batch: Mapping[str, Any], student: nn.Module) -> tuple[Tensor, bool]
         return batch["shift_labels"], False
     if batch.get("labels") is None:
         raise ValueError(f"The batch has {', '.join(batch)} but no labels: KL is computed where there is a label.")
-    return batch["labels"], _is_causal(student)
+    return batch["labels"], _is_causal(student) or _sees_and_writes(student)
 
 
 def _is_causal(model: nn.Module) -> bool:
     """Whether position i predicts token i + 1: the models whose labels the Trainer shifts."""
     return type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+
+
+def _sees_and_writes(model: nn.Module) -> bool:
+    """Whether it is a decoder that images or sounds are put into, whose own loss shifts labels too."""
+    encodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return getattr(model, "loss_type", None) == "ForConditionalGeneration" and not encodes
