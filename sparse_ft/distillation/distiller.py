@@ -230,7 +230,7 @@ class Distiller:
         for model, side in sides:
             if side.head_input is not None and side.logits is not None:
                 states, logits = side.head_input[:, :1].flatten(0, 1), side.logits[:, :1].flatten(0, 1)
-                check_head(output_head(model), states.detach(), logits.detach())
+                check_head(output_head(model), states.detach(), logits.detach(), model=model)
 
     def describe(self) -> str:
         """What is compared with what, in one line per stack."""

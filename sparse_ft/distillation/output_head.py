@@ -54,7 +54,7 @@ _INEXPRESSIBLE = {"chameleon": "overwrites the logits of its image tokens"}
 
 _INSTEAD = "set kl_weight to 0, or compute the losses from full logits"
 
-# What check_head allows, in units in the last place of a position's largest logit. Measured on the CPU with 44 tiny
+# What check_head allows, in units in the last place of a position's largest logit. Measured on the CPU with 43 tiny
 # models, and with heads of up to 4096 channels: below 1 in 16 bits, where only the last steps are rounded, with
 # autocast, LoRA, scales and caps; up to 9 in fp32, where the order of summands counts. GPUs also round partial sums.
 _UNITS = {2: 4, 4: 64, 8: 64}  # by bytes per number
