@@ -337,20 +337,20 @@ def limit_memory() -> None:
 
 
 def measure_memory(args: argparse.Namespace, save: Callable[[list[dict[str, Any]]], Any]) -> list[dict[str, Any]]:
-    """One row per vocabulary, precision and variant; saved after each."""
+    """One row per precision, vocabulary and variant; saved after each."""
     context = multiprocessing.get_context("spawn")
     # What is freed goes back to the system at once: else the heap's own habits are 50 MB of noise.
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
     rows: list[dict[str, Any]] = []
-    for vocabulary in args.vocabularies:
-        for precision in args.precisions:
+    for precision in args.precisions:
+        for vocabulary in args.vocabularies:
             reference = None
             for name in (n for n in VARIANTS if n in args.variants and not n.startswith("floor")):
                 receiver, sender = context.Pipe(duplex=False)
                 process = context.Process(target=memory_of, args=(name, vocabulary, precision == "bf16", args, sender))
                 process.start()
                 sender.close()
-                row = {"vocabulary": vocabulary, "precision": precision, "variant": name, **receiver.recv()}
+                row = {"precision": precision, "vocabulary": vocabulary, "variant": name, **receiver.recv()}
                 process.join()
                 reference = row["rise_mb"] if name == "CE" else reference
                 row["ratio"] = round(row["rise_mb"] / reference, 3) if row["rise_mb"] and reference else None
@@ -429,7 +429,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=256, help="of a row, in step and self_teacher")
     parser.add_argument("--memory-tokens", type=int, default=1024, help="of a row, in memory")
     parser.add_argument("--vocabularies", nargs="+", type=int, default=[32768, 131072])
-    parser.add_argument("--precisions", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
+    parser.add_argument("--precisions", nargs="+", choices=("fp32", "bf16"), default=["bf16", "fp32"])
     parser.add_argument("--teacher-dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--rounds", type=int, default=5, help="rounds, each with one visit of every variant")
     parser.add_argument("--steps", type=int, default=3, help="counted steps of a visit")
