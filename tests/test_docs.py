@@ -245,7 +245,7 @@ def test_fragments_of_a_file_are_sentences_without_it_and_tables_with_it(generat
 def test_every_recipe_is_listed(generator: ModuleType) -> None:
     text = generator.recipes_fragment()
     assert (
-        len(RECIPES) == sum(text.count(f"| `{folder}/") for folder in ("perp", "delta", "merge"))
+        len(RECIPES) == sum(text.count(f"| `{folder}/") for folder in ("perp", "delta", "merge", "squarehead"))
         and "| `perp/llama_2of4` | Recover" in text
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -17,11 +18,12 @@ from sparse_ft.masks import MaskSet
 from sparse_ft.models import find_targets
 
 Command = Callable[..., Result]
-RECIPES = sorted(path for root in recipe_roots() for path in (root / "perp").glob("*.yaml"))
+FOLDERS = ("perp", "squarehead")
+RECIPES = sorted(path for root in recipe_roots() for folder in FOLDERS for path in (root / folder).glob("*.yaml"))
 LARGE = [path for path in RECIPES if path.parent.name == "perp" and not path.stem.startswith("gpt2")]
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_two_steps_of_each_recipe(path: Path, text: Path, tmp_path: Path, command: Command) -> None:
     recipe, family, model = read_recipe(path), path.stem.split("_")[0], tmp_path / "dense"
     if recipe.get("quantization"):
@@ -34,8 +36,19 @@ def test_two_steps_of_each_recipe(path: Path, text: Path, tmp_path: Path, comman
     pattern = ["--pattern", "2:4"] if "2of4" in path.stem else ["--sparsity", 0.6]
     assert command("prune", "--model_name_or_path", model, *pattern, "--output_dir", tmp_path / "sparse").code == 0
     name = f"{path.parent.name}/{path.stem}"
-    options = ["--model_name_or_path", tmp_path / "sparse", "--output_dir", tmp_path / "out", "--dataset", text]
-    quick = ["--sequence_length", 16, "--use_cpu"]
+    options: list[object] = [
+        "--model_name_or_path",
+        tmp_path / "sparse",
+        "--output_dir",
+        tmp_path / "out",
+        "--dataset",
+        text,
+    ]
+    quick: list[object] = ["--sequence_length", 16, "--use_cpu"]
+    if path.parent.name == "squarehead":
+        options += ["--teacher", model]
+    if "teacher_top_k" in recipe:
+        options += ["--teacher_cache", tmp_path / "targets"]
     if recipe["method"] == "reconstruct":
         quick += ["--samples", 8, "--learning_rate", "3e-3"]  # a step for each sequence; two may gain nothing
     else:
@@ -46,11 +59,15 @@ def test_two_steps_of_each_recipe(path: Path, text: Path, tmp_path: Path, comman
     assert ("error before" if recipe["method"] == "reconstruct" else "retrained") in result.out
     before, after = (directory / "model.safetensors" for directory in (tmp_path / "sparse", tmp_path / "out"))
     assert before.read_bytes() != after.read_bytes(), "two steps changed nothing"
+    if path.parent.name == "squarehead":
+        (log,) = json.loads((tmp_path / "out" / "sparse_ft.json").read_text())["training"]["logs"].values()
+        weighted = {part for part in ("ce", "kl", "squarehead") if float(recipe.get(f"{part}_weight", 0)) > 0}
+        assert {key for key in log[0] if re.fullmatch(r"distill/\w+", key)} == {f"distill/{part}" for part in weighted}
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_recipes_name_no_model_and_no_place(path: Path) -> None:
-    assert {"model_name_or_path", "output_dir"}.isdisjoint(read_recipe(path))
+    assert {"model_name_or_path", "output_dir", "teacher", "teacher_cache"}.isdisjoint(read_recipe(path))
 
 
 def models_of(path: Path) -> list[str]:
