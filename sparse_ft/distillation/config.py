@@ -21,6 +21,7 @@ _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def option(default: Any, help: str) -> Any:
+    """A dataclass field with a default and the text `--help` shows."""
     return field(default=default, metadata={"help": help})
 
 

@@ -118,6 +118,11 @@ class Distiller:
                     f"kl_weight is {self.config.kl} but {name} is trained on {kind or 'regression'}, which has "
                     f"no distribution over classes: set kl_weight to 0."
                 )
+            return
+        # what a head cannot express is refused now, and bitsandbytes is kept from repacking one in the first pass
+        for model in (self.student, self.teacher):
+            if isinstance(model, nn.Module):
+                output_head(model)
 
     # -- the student -------------------------------------------------------------------------------------------------
 
