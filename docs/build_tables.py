@@ -275,12 +275,15 @@ def readme_fragment(results: dict[str, Result]) -> str:
             if method in by_method
         ),
     ]
+    taught = distillation_views.readme_lines(results.get(DISTILLED, {"rows": []})["rows"], first)
+    lines += taught
     rows = [{"WikiText-2": name, "perplexity": value, "zeros": f"{zeros:.1%}"} for name, value, zeros in lines]
-    file = f"docs/results/{RETRAINING}.json"
+    file, other = (f"docs/results/{key}.json" for key in (RETRAINING, DISTILLED))
+    beside = f"; with a teacher in [`{other}`]({other})" if taught else ""
     return (
         f"{table(rows)}\n\n"
         f"<small>A small Llama on a CPU, {first['steps']} steps; {result['protocol']['training']}; made by "
-        f"`{result['command']}`, all rows in [`{file}`]({file}).</small>"
+        f"`{result['command']}`, all rows in [`{file}`]({file}){beside}.</small>"
     )
 
 
@@ -345,8 +348,9 @@ def option_row(entry: dataclasses.Field[Any]) -> Row:
 
 def for_site(text: str) -> str:
     """A page of the repository's root as a fragment of the site: its links lose the docs/ folder."""
-    results = text.replace(f"](docs/results/{RETRAINING}.json)", "](results.md)")
-    return results.replace("](docs/", "](").replace("](CONTRIBUTING.md)", "](contributing.md)")
+    for key in (RETRAINING, DISTILLED):
+        text = text.replace(f"](docs/results/{key}.json)", "](results.md)")
+    return text.replace("](docs/", "](").replace("](CONTRIBUTING.md)", "](contributing.md)")
 
 
 def with_block(text: str, block: str) -> str:

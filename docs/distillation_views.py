@@ -78,6 +78,27 @@ def squarehead(rows: Sequence[Row], metric: str, *, better: str) -> list[Row]:
     return sorted(lines, key=lambda line: (line["pruned to"], line["beside"], line["squarehead weight"]))
 
 
+def readme_lines(rows: Sequence[Row], first: Row) -> list[tuple[str, float, float]]:
+    """(label, perplexity, zeros) of the trainings with KL that fit the README's table.
+
+    Args:
+        rows: of the file of distillation.
+        first: a row of that table; pruning, steps and seed are its.
+    """
+    same = ("sparsity", "steps", "seed")
+    found = {}
+    for row in rows:
+        plain = row["kl_weight"] == row["ce_weight"] == row.get("temperature") == 1 and not row["squarehead_weight"]
+        if plain and all(row[key] == first[key] for key in same):
+            found.setdefault(row["method"], row)
+    labels = {"full": "full fine-tuning", "mask_lora": "MaskLoRA"}
+    return [
+        (f"then {labels[method]} with the dense model as **teacher**", row["perplexity"], row["merged_sparsity"])
+        for method, row in found.items()
+        if method in labels
+    ]
+
+
 def verdict(gains: Sequence[float]) -> str:
     """`better`, `worse`, or `mixed` where seeds disagree."""
     if all(gain > 0 for gain in gains):
@@ -89,7 +110,7 @@ def loss_name(row: Row) -> str:
     """`CE + 3 KL (τ 2) + 0.1 SquareHead (layers 6)`."""
     parts = []
     for column, name in (("ce_weight", "CE"), ("kl_weight", "KL"), ("squarehead_weight", "SquareHead")):
-        weight = row.get(column, 0.0)
+        weight = row.get(column, 1.0 if column == "ce_weight" else 0.0)
         if weight:
             parts.append(name if weight == 1 else f"{weight:g} {name}")
             if column == "kl_weight" and row.get("temperature", 1) != 1:

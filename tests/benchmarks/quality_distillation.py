@@ -62,7 +62,9 @@ def cells() -> list[Cell]:
     ]
     eighty = [Cell("eighty", 0.8, 150, 5e-4, kl_weight=kl, squarehead_weight=sh) for kl, sh in LOSSES]
     seeds = [Cell("seeds", 0.8, 150, 5e-4, squarehead_weight=sh, seed=seed) for seed in (1, 2) for _, sh in LOSSES[::2]]
-    lora = [Cell("lora", 0.8, 150, 4e-3, squarehead_weight=sh, method="mask_lora") for _, sh in LOSSES[::2]]
+    lora = [
+        Cell("lora", 0.8, 150, 4e-3, kl_weight=kl, squarehead_weight=sh, method="mask_lora") for kl, sh in LOSSES[:3]
+    ]
     both = (0.0, 0.1)
     layers = [
         Cell("layers", 0.8, 150, 5e-4, squarehead_weight=0.1),
