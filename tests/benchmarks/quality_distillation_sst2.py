@@ -105,8 +105,8 @@ def main() -> None:
     for cell in (DENSE, *(Cell(sparsity, 0, 0, 0.0) for sparsity in SPARSITIES)):
         table.row(asdict(cell), lambda cell=cell: bench.measure(cell))
     make = partial(Cell, SPARSITY)
-    for examples in EXAMPLES:
-        for loss in LOSSES:
+    for loss in LOSSES:
+        for examples in EXAMPLES:
             cell = best_rate(table, make(examples, STEPS, 0.0, *loss), RATES, bench.measure)
             seeds = SEEDS if loss in WITH_SEEDS else SEEDS[:1]
             print(over_seeds(table, cell, seeds, bench.measure, "accuracy"), flush=True)
