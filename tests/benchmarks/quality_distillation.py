@@ -58,7 +58,7 @@ def cells() -> list[Cell]:
     ]
     kl = [
         Cell("kl", 0.9, 240, 1e-3, kl_weight=3.0),
-        Cell("kl", 0.9, 240, 1e-3, ce_weight=0.0, kl_weight=1.0),
+        Cell("kl", 0.9, 240, 2e-3, kl_weight=1.0),
     ]
     eighty = [Cell("eighty", 0.8, 150, 5e-4, kl_weight=kl, squarehead_weight=sh) for kl, sh in LOSSES]
     seeds = [Cell("seeds", 0.8, 150, 5e-4, squarehead_weight=sh, seed=seed) for seed in (1, 2) for _, sh in LOSSES[::2]]
@@ -69,10 +69,9 @@ def cells() -> list[Cell]:
     layers = [
         Cell("layers", 0.8, 150, 5e-4, squarehead_weight=0.1),
         Cell("layers", 0.8, 150, 5e-4, squarehead_weight=0.3, layers="8"),
-        Cell("layers", 0.8, 150, 5e-4, squarehead_weight=0.3, layers="4"),
     ]
-    length = [Cell("length", 0.8, steps, 5e-4, squarehead_weight=sh) for steps in (50, 300) for sh in both]
-    lr = [Cell("lr", 0.8, 150, rate, squarehead_weight=sh) for rate in (1e-3, 2.5e-4) for sh in both]
+    length = [Cell("length", 0.8, 50, 5e-4, squarehead_weight=sh) for sh in both]
+    lr = [Cell("lr", 0.8, 150, 1e-3, squarehead_weight=sh) for sh in both]
     return [*main, *eighty, *weight, *kl, *seeds, *lora, *layers, *length, *lr]
 
 
