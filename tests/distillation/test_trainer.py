@@ -80,7 +80,7 @@ def test_cross_entropy_with_kl_is_cross_entropy_beside_it(name: str, tmp_path: P
     runs, widths = [], []
     for extra in ({}, {"compute_loss_func": ce_by_hand}):
         student, seen = lively(name), []
-        student.lm_head.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0].shape[1]))
+        student.lm_head.register_forward_hook(lambda _, args, out, seen=seen: seen.append(out.shape[1]))
         settings = {"data": Rows(UNEQUAL), "gradient_accumulation_steps": 2, "trainer": extra}
         runs.append(train(student, tmp_path, ALL, lively(name, 1), **settings))
         widths.append(set(seen))

@@ -45,7 +45,6 @@ from trl import SFTConfig, SFTTrainer
 from sparse_ft.distillation import DistillationConfig
 
 ALL = DistillationConfig(ce_weight=0.7, kl_weight=0.5, squarehead_weight=0.3, temperature=2.0)
-STATES = DistillationConfig(ce_weight=0.0, squarehead_weight=1.0, energy="fixed", energy_samples=3)
 WEIGHTS = (ALL.ce_weight, ALL.kl, 0.3)
 
 
@@ -150,17 +149,21 @@ def test_whisper(masked: bool, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["t5", "whisper"])
 def test_energies_of_an_encoder_decoder_are_fixed(name: str, tmp_path: Path) -> None:
-    """They are measured with the decoder's inputs made from labels; micro-batches then add up."""
+    """They are measured with the decoder's inputs made from labels: of all samples they are those of the one batch.
+
+    Micro-batches then add up.
+    """
     data, collate = (Pairs(), padding()) if name == "t5" else (Sounds(True), Sounds.collate)
     runs = []
-    for size in (4, 1):
+    for energy, size in (("batch", 4), ("fixed", 4), ("fixed", 1)):
+        config = DistillationConfig(ce_weight=0.0, squarehead_weight=1.0, energy=energy, energy_samples=4)
         student, teacher = (lively(name, seed) if name == "t5" else tiny_whisper(seed) for seed in (0, 1))
         settings = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 4 // size}
-        runs.append(train(student, tmp_path, STATES, teacher, data=data, collate=collate, **settings))
-    assert_same(runs[1].gradients[0], runs[0].gradients[0], 2e-6)
-    assert {n: v for n, v in runs[1].distill[0].items() if "squarehead" in n} == pytest.approx(
-        {n: v for n, v in runs[0].distill[0].items() if "squarehead" in n}, rel=1e-5
-    )
+        runs.append(train(student, tmp_path, config, teacher, data=data, collate=collate, **settings))
+    logs = [{n: v for n, v in run.distill[0].items() if "squarehead" in n} for run in runs]
+    for run, logged in zip(runs[1:], logs[1:], strict=True):
+        assert_same(run.gradients[0], runs[0].gradients[0], 2e-6)
+        assert logged == pytest.approx(logs[0], rel=1e-5)
 
 
 def test_a_teacher_of_other_dtype_hears_in_its_own(tmp_path: Path) -> None:
@@ -263,13 +266,20 @@ def test_sft_is_the_plain_trainer(tmp_path: Path) -> None:
     assert run.distill[0] == pytest.approx(plain.distill[0], rel=1e-5)
 
 
-def test_sft_without_padding(tmp_path: Path) -> None:
+FLAT: dict[str, dict[str, Any]] = {
+    "padding_free": {"padding_free": True, "max_length": None},
+    "packing": {"packing": True, "max_length": 24},
+}
+
+
+@pytest.mark.parametrize("how", FLAT)
+def test_sft_without_padding(how: str, tmp_path: Path) -> None:
     """All rows in one, told apart by their positions: the same losses, if the user says that nothing is padding."""
     with pytest.raises(ValueError, match=r"no attention_mask.*no_padding=True"):
-        sft(lively("llama"), tmp_path, ALL, lively("llama", 1), padding_free=True, max_length=None)
+        sft(lively("llama"), tmp_path, ALL, lively("llama", 1), **FLAT[how])
     config = DistillationConfig(ce_weight=0.7, kl_weight=0.5, squarehead_weight=0.3, temperature=2.0, no_padding=True)
     plain = train(lively("llama"), tmp_path, ALL, lively("llama", 1))
-    run = sft(lively("llama"), tmp_path, config, lively("llama", 1), padding_free=True, max_length=None)
+    run = sft(lively("llama"), tmp_path, config, lively("llama", 1), **FLAT[how])
     assert_same(run.gradients[0], plain.gradients[0])
     assert run.distill[0] == pytest.approx(plain.distill[0], rel=1e-5)
 
