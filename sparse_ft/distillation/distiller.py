@@ -8,9 +8,9 @@ The teacher's output head is not run: KL takes the states in front of it and mul
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from sparse_ft.distillation.cached_targets import CachedTargets
 from sparse_ft.distillation.config import DistillationConfig
 from sparse_ft.distillation.features import cosine_layer, mse_layer
-from sparse_ft.distillation.head import Head
 from sparse_ft.distillation.output_head import check_head, output_head, output_module
+from sparse_ft.distillation.recording import Recording, check_recorded, watching
 from sparse_ft.distillation.squarehead import squarehead_layer, teacher_energy
 from sparse_ft.distillation.stacks import Stack, StateRecorder, bare_model, find_stacks, listening
 from sparse_ft.distillation.teacher import check_pair
@@ -29,24 +29,6 @@ from sparse_ft.distillation.top_k import TopK
 
 # What a trainer adds to a batch for the loss; a teacher that got labels would compute logits for all tokens.
 _FOR_THE_LOSS = ("labels", "shift_labels", "num_items_in_batch", "completion_mask", "assistant_masks")
-
-
-@dataclass
-class Recording:
-    """What one forward pass leaves behind.
-
-    Attributes:
-        states: by stack, the states of the compared layers.
-        head_input: what entered the output head, (B, T, h); the last hidden state where the head's module is not called
-            because the trainer multiplies by its weight, as TRL's does.
-        logits: what came out of the model: of the first token only where the head was cut short.
-        decoder_inputs: what the decoder of an encoder-decoder was called with.
-    """
-
-    states: tuple[StateRecorder, ...] = ()
-    head_input: Tensor | None = None
-    logits: Tensor | None = None
-    decoder_inputs: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -138,10 +120,10 @@ class Distiller:
             for own, pairs, recorder in zip(self.stacks, self.pairs, record.states, strict=True):
                 layers = {ours for ours, _ in pairs}
                 stack.enter_context(listening(own, layers, recorder))
-            stack.enter_context(_watching(self.student, record, cut_head=cut_head, with_gradient=True))
+            stack.enter_context(watching(self.student, record, cut_head=cut_head, with_gradient=True))
             yield record
         for own, pairs, recorder in zip(self.stacks, self.pairs, record.states, strict=True):
-            _check_recorded(own, {ours for ours, _ in pairs}, recorder)
+            check_recorded(own, {ours for ours, _ in pairs}, recorder)
 
     # -- the teacher -------------------------------------------------------------------------------------------------
 
@@ -187,7 +169,7 @@ class Distiller:
         with ExitStack() as stack:
             for its, pairs, listener in zip(getattr(self, "_teacher_stacks", ()), self.pairs, listeners, strict=True):
                 stack.enter_context(listening(its, {layer for _, layer in pairs}, listener))
-            stack.enter_context(_watching(bare_model(teacher), seen, cut_head=True, with_gradient=False))
+            stack.enter_context(watching(bare_model(teacher), seen, cut_head=True, with_gradient=False))
             teacher(**inputs)
         return seen
 
@@ -251,27 +233,6 @@ class Distiller:
         """The stored targets of a batch."""
         assert isinstance(self.teacher, CachedTargets)
         return self.teacher.lookup(batch["input_ids"], batch.get("attention_mask"))
-
-
-def predictor(teacher: nn.Module) -> Callable[[Tensor, Tensor], tuple[Tensor, Head]]:
-    """What `write_targets` asks for: a teacher's states in front of its head, and the head.
-
-    Args:
-        teacher: a frozen causal model in eval mode.
-
-    Example:
-        >>> write_targets("targets", dataset, predictor(teacher), vocabulary=teacher.config.vocab_size)
-    """
-    device = next(teacher.parameters()).device
-
-    def predict(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Head]:
-        seen = Recording()
-        with _watching(bare_model(teacher), seen, cut_head=True, with_gradient=False):
-            teacher(input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), use_cache=False)
-        assert seen.head_input is not None, "output_head() refuses models without a head"
-        return seen.head_input, output_head(teacher)
-
-    return predict
 
 
 class _Comparison:
@@ -340,61 +301,8 @@ def _energy_sums(sums: list[Tensor], count: Tensor, mask: Tensor | None, pairs: 
     return listener
 
 
-@contextmanager
-def _watching(model: nn.Module, record: Recording, *, cut_head: bool, with_gradient: bool) -> Iterator[None]:
-    """Record what enters the output head and the decoder, and the logits."""
-
-    def entering(_module: nn.Module, args: tuple[Any, ...]) -> Any:
-        if with_gradient and not torch.is_grad_enabled():
-            return None
-        record.head_input = args[0]
-        # contiguous, or the product becomes one per row, each reading the whole weight
-        return (args[0][:, :1].contiguous(), *args[1:]) if cut_head else None
-
-    def behind(_module: nn.Module, _args: Any, output: Any) -> None:
-        if not with_gradient or torch.is_grad_enabled():
-            record.head_input = getattr(output, "last_hidden_state", None)
-
-    def decoding(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        for name in ("input_ids", "inputs_embeds"):
-            if kwargs.get(name) is not None:
-                record.decoder_inputs = {f"decoder_{name}": kwargs[name].detach()}
-
-    def leaving(_module: nn.Module, _args: Any, output: Any) -> None:
-        if with_gradient and not torch.is_grad_enabled():
-            return
-        record.logits = getattr(output, "logits", None)
-
-    head, config = output_module(model), getattr(model, "config", None)
-    handles = [model.register_forward_hook(leaving)]
-    if head is not None:
-        handles.append(head.register_forward_pre_hook(entering))
-        backbone: Any = getattr(model, "base_model", model)
-        if backbone is not model:
-            handles.append(backbone.register_forward_hook(behind))
-    if getattr(config, "is_encoder_decoder", False):
-        decoder: Any = model.get_decoder()  # type: ignore[operator]
-        handles.append(decoder.register_forward_pre_hook(decoding, with_kwargs=True))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def _is_float(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
-
-
-def _check_recorded(stack: Stack, layers: set[int], recorder: StateRecorder) -> None:
-    """Raise RuntimeError unless every compared layer left a state with a gradient."""
-    missing = sorted(layers - set(recorder.states))
-    if missing:
-        raise RuntimeError(
-            f"Layer {missing[0]} of the student left no state with a gradient: it is compiled, or checkpointed with "
-            f"use_reentrant=True; leave torch_compile off and give gradient_checkpointing_kwargs="
-            f"{{'use_reentrant': False}}."
-        )
 
 
 def check_targets(student: nn.Module, targets: CachedTargets, config: DistillationConfig) -> None:

@@ -39,10 +39,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from sparse_ft.distillation.cached_targets import CachedTargets
 from sparse_ft.distillation.config import DistillationConfig
-from sparse_ft.distillation.distiller import Distiller, Recording
+from sparse_ft.distillation.distiller import Distiller
 from sparse_ft.distillation.head import TokenLoss
 from sparse_ft.distillation.kl import ce_kl_loss
 from sparse_ft.distillation.output_head import output_head
+from sparse_ft.distillation.recording import Recording
 from sparse_ft.distillation.teacher import check_tokenizers, freeze, load_teacher
 from sparse_ft.distillation.tokens import IGNORED, valid_tokens
 
