@@ -13,8 +13,8 @@ no cross-entropy, at its default (beta 0.5) and as forward KL (beta 0).
 
 memory: a step in a process of its own, the second after a short one that makes the optimizer's state. `held_mb` before
 it (libraries, student, optimizer), without `teacher_mb`, the teacher's weights; `rise_mb` from there to the peak, and
-`ratio` of it to cross-entropy's. A process that may not take what it needs is left without a result. A third step of
-ours is watched tensor by tensor: `largest_share` is the largest as a share of tokens x vocabulary, and the script
+`ratio` of it to cross-entropy's. A process that needs more than `allowed_mb` beyond its libraries, what the machine has
+free but a few GB, is left without a result. A third step of ours is watched tensor by tensor: `largest_share` is the largest as a share of tokens x vocabulary, and the script
 fails unless it is below 1.
 
 self_teacher: a MaskLoRA student. `added_share`: bytes of its teacher beyond the student's, of those of the dense model;
@@ -62,7 +62,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "shallow": dict(hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4),
 }  # fmt: skip
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
-SAFE_MB = 2000  # of the machine's free memory, left to others
+SAFE_MB = 4000  # of the machine's free memory, left to others
 DISTILLING = distilling(Trainer)
 
 
@@ -293,13 +293,13 @@ def memory_of(name: str, vocabulary: int, autocast: bool, args: argparse.Namespa
     """In a process of its own: send a row, without a rise if memory did not suffice."""
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
-    limit_memory()
+    allowed = limit_memory()
     student = llama("shallow", vocab_size=vocabulary)
     teacher = copy.deepcopy(student).to(getattr(torch, args.teacher_dtype))
     weights = 0.0 if name == "CE" else sum(p.nbytes for p in teacher.parameters()) / 2**20
     if name == "CE":
         teacher = nn.Identity()
-    clock, row = MemoryClock(), {"teacher_mb": round(weights, 1)}
+    clock, row = MemoryClock(), {"allowed_mb": allowed, "teacher_mb": round(weights, 1)}
     with tempfile.TemporaryDirectory() as directory:
         settings = arguments(
             directory,
@@ -316,24 +316,29 @@ def memory_of(name: str, vocabulary: int, autocast: bool, args: argparse.Namespa
         except RuntimeError as error:
             if "can't allocate memory" not in str(error):
                 raise
-            pipe.send({"held_mb": None, **row, "rise_mb": None, "largest_share": None})
+            pipe.send({**row, "held_mb": None, "rise_mb": None, "largest_share": None})
             return
     values = args.batch * args.memory_tokens * vocabulary
     share = round(clock.watch.largest / values, 4) if name in OURS else None
     held, rise = round(clock.held - weights, 1), round(clock.peak - clock.held, 1)
-    pipe.send({"held_mb": held, **row, "rise_mb": rise, "largest_share": share})
+    pipe.send({**row, "held_mb": held, "rise_mb": rise, "largest_share": share})
 
 
-def limit_memory() -> None:
-    """Let an allocation fail before the machine runs out of memory; if it does, end this process, not another."""
+def limit_memory() -> int | None:
+    """Let an allocation fail before the machine runs out of memory; if it does, end this process, not another.
+
+    Returns:
+        MB this process may still take; None where that cannot be told.
+    """
     status, free = Path("/proc/self/status"), Path("/proc/meminfo")
     if not (status.is_file() and free.is_file()):
-        return
+        return None
     available = int(free.read_text().split("MemAvailable:")[1].split()[0]) // 1024
     held = int(status.read_text().split("VmData:")[1].split()[0]) // 1024
-    limit = (held + max(available - SAFE_MB, SAFE_MB)) * 2**20
-    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    allowed = max(available - SAFE_MB, 0)
+    resource.setrlimit(resource.RLIMIT_DATA, ((held + allowed) * 2**20,) * 2)
     Path("/proc/self/oom_score_adj").write_text("1000")
+    return allowed
 
 
 def measure_memory(args: argparse.Namespace, save: Callable[[list[dict[str, Any]]], Any]) -> list[dict[str, Any]]:
