@@ -48,7 +48,7 @@ _OURS = (
     "dataset_config", "text_field", "train_split",
     "teacher", "teacher_cache", "teacher_dtype", "teacher_quantization", "teacher_top_k", "ce_weight", "kl_weight",
     "squarehead_weight", "mse_weight", "cosine_weight", "temperature", "distill_layers", "layer_weights", "energy",
-    "energy_samples",
+    "energy_samples", "skip_first",
 )  # fmt: skip
 
 

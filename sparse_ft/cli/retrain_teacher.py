@@ -158,7 +158,7 @@ def _check_unused(how: TeacherArguments) -> None:
     """Raise ValueError for an option that nothing uses."""
     states = "a loss on hidden states, such as --squarehead_weight"
     uses: list[tuple[bool, tuple[str, ...], str]] = [
-        (bool(how.feature_weights), ("distill_layers", "layer_weights"), states),
+        (bool(how.feature_weights), ("distill_layers", "layer_weights", "skip_first"), states),
         (how.squarehead_weight > 0, ("energy", "energy_samples"), "--squarehead_weight"),
         (how.energy == "fixed", ("energy_samples",), "--energy fixed"),
         (how.kl > 0, ("temperature",), "--kl_weight"),

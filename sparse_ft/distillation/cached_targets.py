@@ -309,7 +309,13 @@ class CachedTargets:
             plan = self.layout.shard_plan(self.layout.shards[shard])
             self._shards[shard] = _mapped(self.directory, shard_name(shard), plan)
         first = start - (int(self._ends[shard]) - self.layout.shards[shard])
-        return {name: tensor[first : first + length] for name, tensor in self._shards[shard].items()}
+        rows = {name: tensor[first : first + length] for name, tensor in self._shards[shard].items()}
+        indices = rows["indices"].numpy()
+        if first + length > self.layout.shards[shard] or (
+            length and not 0 <= indices.min() <= indices.max() < self.vocabulary
+        ):
+            raise ValueError(f"'{shard_name(shard)}' in '{self.directory}' is damaged; make the targets again.")
+        return rows
 
 
 def shard_name(shard: int) -> str:

@@ -45,6 +45,8 @@ class DistillationConfig:
             share of the tokens; "fixed" measures them once, on the first `energy_samples` training samples, so that
             micro-batches and processes add up to exactly the gradient of one large batch.
         energy_samples: training samples that "fixed" looks at.
+        skip_first: leave the first token of each sequence out of losses on hidden states; in many models it carries
+            most of a layer's energy.
         no_padding: batches come without attention_mask, and every token in them is text.
         teacher: directory or Hub name, where none is handed to the trainer itself.
         teacher_dtype: of its weights.
@@ -82,6 +84,7 @@ class DistillationConfig:
         "SquareHead's denominators: of each micro-batch (batch), or measured once so that micro-batches add (fixed)",
     )
     energy_samples: int = option(64, "training samples that --energy fixed is measured on")
+    skip_first: bool = option(False, "leave the first token of each sequence out of losses on hidden states")
     no_padding: bool = option(False, "batches have no attention_mask because every token in them is text")
     teacher: str | None = option(None, "dense model to learn from: directory of a checkpoint, or a name on the Hub")
     teacher_dtype: str = option("auto", "dtype of the teacher's weights: auto (as stored), float32, bfloat16, float16")

@@ -232,6 +232,11 @@ def _adapted(layer: Any, kind: str) -> tuple[Tensor, Tensor | None]:
             f"The output head of model type {kind!r} has a {type(layer).__name__} adapter, but only LoRA is known "
             f"here: leave the head out of target_modules, or {_INSTEAD}."
         )
+    if getattr(layer, "method", None) == "LoRA-Prune" and any(m.keep.numel() > 1 for m in layer.lora_mask.values()):
+        raise ValueError(
+            f"The output head of model type {kind!r} has a LoRA-Prune adapter, which trains with another weight than "
+            f"it merges: leave the head out of target_modules, or {_INSTEAD}."
+        )
     for name in layer.active_adapters:
         if name in layer.lora_A:
             weight = weight + _delta(layer, name, kind)

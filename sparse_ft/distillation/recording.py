@@ -87,9 +87,8 @@ def check_recorded(stack: Stack, layers: set[int], recorder: StateRecorder) -> N
     missing = sorted(layers - set(recorder.states))
     if missing:
         raise RuntimeError(
-            f"Layer {missing[0]} of the student left no state with a gradient: it is compiled, or checkpointed with "
-            f"use_reentrant=True; leave torch_compile off and give gradient_checkpointing_kwargs="
-            f"{{'use_reentrant': False}}."
+            f"Layer {missing[0]} of the student left no state with a gradient, as a compiled one does not: leave "
+            f"torch_compile off, and checkpoint activations with {{'use_reentrant': False}}."
         )
 
 

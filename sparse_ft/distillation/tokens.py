@@ -12,7 +12,7 @@ IGNORED = -100
 
 
 def valid_tokens(
-    batch: Mapping[str, Any], names: Sequence[str], *, no_padding: bool = False
+    batch: Mapping[str, Any], names: Sequence[str], *, no_padding: bool = False, skip_first: bool = False
 ) -> list[tuple[Tensor | None, Tensor]]:
     """(mask, number of valid tokens) for each stack of a model.
 
@@ -24,6 +24,7 @@ def valid_tokens(
         batch: what the model is called with.
         names: of the stacks, `("",)` or `("encoder", "decoder")`.
         no_padding: a batch without attention_mask has no padding.
+        skip_first: leave out the first valid token of each row of text, where states are often extreme.
 
     Raises:
         ValueError: the batch has no mask by which padding could be told, or one that is not (B, T).
@@ -31,7 +32,24 @@ def valid_tokens(
     Example:
         >>> [(mask, count)] = valid_tokens(batch, ("",))
     """
-    return [_decoder(batch, no_padding) if name == "decoder" else _first_stack(batch, no_padding) for name in names]
+    found = [_decoder(batch, no_padding) if name == "decoder" else _first_stack(batch, no_padding) for name in names]
+    if not skip_first:
+        return found
+    audio = batch.get("input_features") is not None
+    return [
+        pair if audio and name != "decoder" else _without_first(*pair, batch)
+        for name, pair in zip(names, found, strict=True)
+    ]
+
+
+def _without_first(mask: Tensor | None, count: Tensor, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """The mask without the first valid token of each row; there is none without tokens of some kind."""
+    if mask is None:
+        ids = next(batch[name] for name in ("input_ids", "inputs_embeds") if batch.get(name) is not None)
+        mask = torch.ones(ids.shape[0], int(count) // ids.shape[0], dtype=torch.bool, device=ids.device)
+    keep = mask.bool()
+    keep = keep & (keep.cumsum(-1) > 1)
+    return keep, keep.sum()
 
 
 def _first_stack(batch: Mapping[str, Any], no_padding: bool) -> tuple[Tensor | None, Tensor]:

@@ -26,14 +26,17 @@ Limits: no DeepSpeed or FSDP, no `torch_compile` with losses on hidden states, n
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from itertools import islice
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import Trainer, set_seed
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -43,6 +46,7 @@ from sparse_ft.distillation.distiller import Distiller
 from sparse_ft.distillation.head import TokenLoss
 from sparse_ft.distillation.kl import ce_kl_loss
 from sparse_ft.distillation.output_head import output_head
+from sparse_ft.distillation.pruned_values import PrunedValues
 from sparse_ft.distillation.recording import Recording
 from sparse_ft.distillation.teacher import check_tokenizers, freeze, load_teacher
 from sparse_ft.distillation.tokens import IGNORED, valid_tokens
@@ -88,6 +92,11 @@ class _Distilling(Trainer):
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             how = "DeepSpeed" if self.is_deepspeed_enabled else "FSDP"
             raise ValueError(f"A teacher needs a whole copy of the model in each process, not {how}: start with DDP.")
+        if self.get_tp_size() > 1:
+            raise ValueError(
+                f"A teacher needs a whole copy of the model in each process, not one split over "
+                f"{self.get_tp_size()} by tensor parallelism: start with DDP."
+            )
         if self.model_init is not None:
             raise ValueError(
                 "model_init makes a new student in each train(), but the teacher is compared with one: give model."
@@ -99,6 +108,7 @@ class _Distilling(Trainer):
         self.distiller = Distiller(self.model, teacher, distillation)
         if isinstance(teacher, nn.Module):
             freeze(teacher)
+            _check_still_shared(teacher, self.args.device)
             _place(teacher, distillation.teacher_device or self.args.device)
         self._totals: list[Tensor] | None = None
         self._values: dict[str, Tensor] = {}
@@ -127,8 +137,8 @@ class _Distilling(Trainer):
         return samples, num_items
 
     def _valid(self, batch: Mapping[str, Any]) -> list[tuple[Tensor | None, Tensor]]:
-        config = self.distiller.config
-        return valid_tokens(batch, [stack.name for stack in self.distiller.stacks], no_padding=config.no_padding)
+        names, config = [stack.name for stack in self.distiller.stacks], self.distiller.config
+        return valid_tokens(batch, names, no_padding=config.no_padding, skip_first=config.skip_first)
 
     # -- the loss ----------------------------------------------------------------------------------------------------
 
@@ -166,6 +176,7 @@ class _Distilling(Trainer):
             and getattr(inherited, "__func__", None) is Trainer.compute_loss
             and self.compute_loss_func is None
             and _is_causal(student)
+            and getattr(student, "loss_type", None) != "ForConditionalGeneration"  # images may lengthen the sequence
             and getattr(student, "loss_function", None) is ForCausalLMLoss
             and not getattr(student.config, "output_router_logits", False)
             and ("labels" in inputs or "shift_labels" in inputs)
@@ -259,8 +270,7 @@ class _Distilling(Trainer):
         if not hasattr(dataset, "__len__"):
             raise ValueError("energy 'fixed' needs a training dataset with a length: use energy='batch' for a stream.")
         samples = iter(dataset[index] for index in range(min(wanted, len(dataset))))
-        with torch.random.fork_rng(), self.accelerator.autocast():
-            torch.manual_seed(self.args.seed)
+        with _seeded(self.args.seed), self.accelerator.autocast():
             while chunk := list(islice(samples, self.args.per_device_train_batch_size)):
                 batch: dict[str, Any] = self._prepare_inputs(loader.collate_fn(chunk))
                 yield batch, [mask for mask, _ in self._valid(batch)]
@@ -281,7 +291,32 @@ class _Distilling(Trainer):
                 values = self.accelerator.reduce(values, how)
             logs.update({f"distill/{name}": value for name, value in zip(self._values, values.tolist(), strict=True)})
             self._values, self._steps = {}, 0
+        if "train_runtime" in logs:  # the end of train(): what was not logged belongs to no later one
+            self._values, self._steps = {}, 0
         super().log(logs, *args, **kwargs)
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """The generators that collators draw from start at `seed`, and are afterwards as they were before."""
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        try:
+            set_seed(seed)
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+
+
+def _check_still_shared(teacher: nn.Module, device: Any) -> None:
+    """Raise ValueError for a self-teacher whose student has been moved away from the memory they shared."""
+    place = next(teacher.parameters()).device
+    if place.type != torch.device(device).type and any(isinstance(m, PrunedValues) for m in teacher.modules()):
+        raise ValueError(
+            f"The teacher shares the student's weights on {place.type} but training is on {device}, so they would be "
+            f"held twice: move the student there with .to('{device}') before self_teacher."
+        )
 
 
 def _place(teacher: nn.Module, device: Any) -> None:
@@ -310,15 +345,17 @@ def _labels(batch: Mapping[str, Any], student: nn.Module) -> tuple[Tensor, bool]
         return batch["shift_labels"], False
     if batch.get("labels") is None:
         raise ValueError(f"The batch has {', '.join(batch)} but no labels: KL is computed where there is a label.")
-    return batch["labels"], _is_causal(student) or _sees_and_writes(student)
+    return batch["labels"], _is_causal(student)
 
 
 def _is_causal(model: nn.Module) -> bool:
-    """Whether position i predicts token i + 1: the models whose labels the Trainer shifts."""
-    return type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    """Whether position i predicts token i + 1.
 
-
-def _sees_and_writes(model: nn.Module) -> bool:
-    """Whether it is a decoder that images or sounds are put into, whose own loss shifts labels too."""
-    encodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    return getattr(model, "loss_type", None) == "ForConditionalGeneration" and not encodes
+    A model of a causal class, whose labels the Trainer's label smoothing shifts, or one whose loss shifts them, such as
+    subclasses, models with code of their own and decoders that images are put into. An encoder-decoder may name that
+    loss without using it.
+    """
+    if type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        return True
+    loss = getattr(model, "loss_function", None)
+    return loss is ForCausalLMLoss and not getattr(model.config, "is_encoder_decoder", False)

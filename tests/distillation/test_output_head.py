@@ -247,12 +247,11 @@ def test_heads_with_the_adapters_of_this_package(method: str, dense: bool) -> No
     else:
         model = get_peft_model(model, CONFIGS[method](r=4, masks=masks)).eval()
     randomised(model)
-    assert output_head(model).weight is not weight
     if method == "lora_prune" and not dense:  # its forward pass is W + c B A, its delta what merging adds, c (B A) ∘ m
-        states, logits = states_and_logits(model)
-        with pytest.raises(RuntimeError, match="differ by up to"):
-            check_head(output_head(model), states[0], logits[0])
+        with pytest.raises(ValueError, match="LoRA-Prune adapter"):
+            output_head(model)
         return
+    assert output_head(model).weight is not weight
     assert_same_logits(model, rtol=1e-5)
     assert_trains_alike(model, "lm_head.lora_A")
 
