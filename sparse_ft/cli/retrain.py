@@ -181,6 +181,15 @@ def _check(
     check_quantization(choose_method(how.method), how)
     choose_dtype(how.dtype)
     check_teacher(teacher, trains_all=choose_method(how.method).perp is None, quantised=how.quantization is not None)
+    if teacher.wanted and teacher.feature_weights and training.torch_compile:
+        raise ValueError(
+            f"--{next(iter(teacher.feature_weights))}_weight compares hidden states, which a compiled model does not "
+            f"show; leave out --torch_compile, or use --kl_weight alone."
+        )
+    if teacher.teacher is not None and os.path.realpath(teacher.teacher) == os.path.realpath(names.model_name_or_path):
+        raise ValueError(
+            f"--teacher '{teacher.teacher}' is the pruned model itself; give the dense one it was made of."
+        )
     inputs = [path for path in (names.model_name_or_path, teacher.teacher, teacher.teacher_cache) if path is not None]
     output_dir = check_output_dir(training.output_dir, inputs=inputs, overwrite=how.overwrite)
     check_left_over(run_dir_of(output_dir), training.resume_from_checkpoint)

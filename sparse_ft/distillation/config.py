@@ -94,7 +94,7 @@ class DistillationConfig:
     def __post_init__(self) -> None:
         for name in ("ce_weight", "kl_weight", *(f"{feature}_weight" for feature in FEATURES)):
             weight = getattr(self, name)
-            if weight is not None and not (math.isfinite(weight) and weight >= 0):
+            if weight is not None and not (isinstance(weight, int | float) and math.isfinite(weight) and weight >= 0):
                 raise ValueError(f"{name} is {weight}, but weights are finite and at least 0: correct it.")
         if not self.feature_weights and not self.kl:
             raise ValueError(
@@ -107,6 +107,7 @@ class DistillationConfig:
             if not (math.isfinite(weight) and weight >= 0):
                 raise ValueError(f"layer_weights has {weight}, but weights are finite and at least 0: correct it.")
         check_choice("teacher_dtype", self.teacher_dtype, _DTYPES)
+        parse_layers(self.distill_layers)
         check_choice("energy", self.energy, _ENERGIES)
         if self.energy_samples < 1:
             raise ValueError(f"energy_samples is {self.energy_samples}, but energies need samples: give at least 1.")

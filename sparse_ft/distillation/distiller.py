@@ -220,13 +220,15 @@ class Distiller:
                 check_head(output_head(model), states.detach(), logits.detach(), model=model)
 
     def describe(self) -> str:
-        """What is compared with what, in one line per stack."""
+        """What is compared with what, in one line per loss and stack."""
         its = "stored targets" if isinstance(self.teacher, CachedTargets) else type(bare_model(self.teacher)).__name__
-        lines = [f"teacher {its}: KL weight {self.config.kl:g}, temperature {self.config.temperature:g}"]
+        lines = [f"teacher {self.config.teacher or ''} ({its})".replace("  ", " ")]
+        if self.config.kl:
+            lines.append(f"KL of next tokens, weight {self.config.kl:g}, temperature {self.config.temperature:g}")
         named = ", ".join(f"{name} {weight:g}" for name, weight in self.config.feature_weights.items())
         for stack, pairs in zip(self.stacks, self.pairs, strict=True):
             shown = " ".join(f"{ours}:{its}" for ours, its in pairs)
-            lines.append(f"{stack.name or 'hidden'} states, student:teacher layers {shown}: {named}")
+            lines.append(f"{stack.name or 'hidden'} states, student:teacher layers {shown}, weight {named}")
         return "\n".join(lines)
 
     def targets(self, batch: Mapping[str, Any]) -> TopK:

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from sparse_ft.models import find_blocks
 
@@ -73,6 +75,19 @@ def find_stacks(model: nn.Module) -> tuple[Stack, ...]:
         Stack(name, model.get_submodule(path), tuple(blocks))
         for name, (path, blocks) in zip(wanted, owners.items(), strict=True)
     )
+
+
+def predicts_next(model: nn.Module) -> bool:
+    """Whether position i predicts token i + 1.
+
+    A model of a causal class, whose labels the Trainer's label smoothing shifts, or one whose loss shifts them, such as
+    subclasses, models with code of their own and decoders that images are put into. An encoder-decoder may name that
+    loss without using it.
+    """
+    if type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        return True
+    loss = getattr(model, "loss_function", None)
+    return loss is ForCausalLMLoss and not getattr(model.config, "is_encoder_decoder", False)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from sparse_ft.distillation.config import DistillationConfig
-from sparse_ft.distillation.stacks import bare_model, find_stacks
+from sparse_ft.distillation.stacks import bare_model, find_stacks, predicts_next
 from sparse_ft.models import load_config, load_model, model_class
 
 _Model = TypeVar("_Model", bound=nn.Module)
@@ -95,6 +95,12 @@ def check_pair(student: nn.Module, teacher: nn.Module, config: DistillationConfi
                 f"The student has {say.format(one)} but the teacher {say.format(other)}: take a teacher of the same "
                 f"kind and tokenizer."
             )
+    if config.kl and predicts_next(student) != predicts_next(teacher):
+        first, second = (type(model).__name__ for model in (student, teacher))
+        raise ValueError(
+            f"One of the student, a {first}, and the teacher, a {second}, predicts the next token and the other does "
+            f"not, so KL would compare different things: take a teacher of the student's kind."
+        )
     _check_positions(ours, its)
     if config.feature_weights:
         _check_states(student, teacher, config)

@@ -38,7 +38,6 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, set_seed
 from transformers.loss.loss_utils import ForCausalLMLoss
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from sparse_ft.distillation.cached_targets import CachedTargets
 from sparse_ft.distillation.config import DistillationConfig
@@ -48,6 +47,7 @@ from sparse_ft.distillation.kl import ce_kl_loss
 from sparse_ft.distillation.output_head import output_head
 from sparse_ft.distillation.pruned_values import PrunedValues
 from sparse_ft.distillation.recording import Recording
+from sparse_ft.distillation.stacks import predicts_next
 from sparse_ft.distillation.teacher import check_tokenizers, freeze, load_teacher
 from sparse_ft.distillation.tokens import IGNORED, valid_tokens
 
@@ -66,10 +66,15 @@ def distilling(trainer_class: type[_AnyTrainer]) -> type[_AnyTrainer]:
         model, `CachedTargets`, or None for the one that the config names. The teacher is frozen and moved to the
         student's device, unless the config names one.
 
+    Raises:
+        ValueError: it is not such a class.
+
     Example:
         >>> trainer = distilling(Trainer)(model=student, args=args, train_dataset=data, teacher=dense,
         ...                               distillation=DistillationConfig(kl_weight=1.0))
     """
+    if not (isinstance(trainer_class, type) and issubclass(trainer_class, Trainer)):
+        raise ValueError(f"distilling() takes a class derived from transformers.Trainer, not {trainer_class!r}.")
     return type(f"Distilling{trainer_class.__name__}", (_Distilling, trainer_class), {})
 
 
@@ -83,7 +88,13 @@ class _Distilling(Trainer):
         teacher: nn.Module | CachedTargets | None = None,
         **kwargs: Any,
     ) -> None:
+        _check_kinds(distillation, teacher)
         super().__init__(*args, **kwargs)
+        if self.args.torch_compile and distillation.feature_weights:
+            raise ValueError(
+                f"{next(iter(distillation.feature_weights))}_weight compares hidden states, which a compiled model "
+                f"does not show: leave torch_compile off, or use kl_weight alone."
+            )
         if self.args.n_gpu > 1:
             raise ValueError(
                 f"A teacher and DataParallel on {self.args.n_gpu} GPUs do not go together: start one process per GPU "
@@ -175,7 +186,7 @@ class _Distilling(Trainer):
             and self.distiller.head is not None
             and getattr(inherited, "__func__", None) is Trainer.compute_loss
             and self.compute_loss_func is None
-            and _is_causal(student)
+            and predicts_next(student)
             and getattr(student, "loss_type", None) != "ForConditionalGeneration"  # images may lengthen the sequence
             and getattr(student, "loss_function", None) is ForCausalLMLoss
             and not getattr(student.config, "output_router_logits", False)
@@ -296,6 +307,17 @@ class _Distilling(Trainer):
         super().log(logs, *args, **kwargs)
 
 
+def _check_kinds(distillation: Any, teacher: Any) -> None:
+    """Raise ValueError for arguments of another type than the constructor takes."""
+    if not isinstance(distillation, DistillationConfig):
+        raise ValueError(f"distillation is a {type(distillation).__name__}: give a DistillationConfig.")
+    if teacher is not None and not isinstance(teacher, nn.Module | CachedTargets):
+        raise ValueError(
+            f"teacher is a {type(teacher).__name__}: give a model or CachedTargets, or name a checkpoint in "
+            f"DistillationConfig(teacher=...)."
+        )
+
+
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
     """The generators that collators draw from start at `seed`, and are afterwards as they were before."""
@@ -345,17 +367,4 @@ def _labels(batch: Mapping[str, Any], student: nn.Module) -> tuple[Tensor, bool]
         return batch["shift_labels"], False
     if batch.get("labels") is None:
         raise ValueError(f"The batch has {', '.join(batch)} but no labels: KL is computed where there is a label.")
-    return batch["labels"], _is_causal(student)
-
-
-def _is_causal(model: nn.Module) -> bool:
-    """Whether position i predicts token i + 1.
-
-    A model of a causal class, whose labels the Trainer's label smoothing shifts, or one whose loss shifts them, such as
-    subclasses, models with code of their own and decoders that images are put into. An encoder-decoder may name that
-    loss without using it.
-    """
-    if type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
-        return True
-    loss = getattr(model, "loss_function", None)
-    return loss is ForCausalLMLoss and not getattr(model.config, "is_encoder_decoder", False)
+    return batch["labels"], predicts_next(student)

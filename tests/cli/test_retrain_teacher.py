@@ -67,7 +67,7 @@ def test_every_method_learns_from_a_teacher(
     masks = MaskSet.load(tmp_path / "out")
     assert masks == MaskSet.load(source)
     masks.verify(tensors(tmp_path / "out"))
-    assert "KL weight 0.5" in result.out and "student:teacher layers 1:1 2:2: squarehead 0.1" in result.out
+    assert "KL of next tokens, weight 0.5" in result.out and "layers 1:1 2:2, weight squarehead 0.1" in result.out
     assert command(*words(source, None, text, tmp_path / "alone", method=method)).code == 0
     trained = differing(tmp_path / "out", source)
     assert trained == differing(tmp_path / "alone", source)
@@ -91,7 +91,7 @@ def test_the_record_and_the_report_tell_of_the_teacher(
     arguments = json.loads((target / "sparse_ft.json").read_text())["arguments"]
     wanted = {"teacher": str(dense), **BOTH, **more, "distill_layers": ["2:2"], "ce_weight": 1.0, "teacher_cache": None}
     assert {name: arguments[name] for name in wanted} == wanted
-    assert "student:teacher layers 2:2: squarehead 0.1" in result.out
+    assert "student:teacher layers 2:2, weight squarehead 0.1" in result.out
     page = (target / "report.html").read_text()
     for title in ("KL from the teacher", "SquareHead"):
         assert title in page

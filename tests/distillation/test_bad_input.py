@@ -242,6 +242,8 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "samples": ({"energy_samples": 0}, r"energy_samples is 0"),
     "dtype": ({"teacher_dtype": "float8"}, r"teacher_dtype 'float8'"),
     "weights": ({"layer_weights": [1.0, -1.0]}, r"layer_weights has -1.0, but weights are finite and at least 0"),
+    "no layer": ({"distill_layers": ["first"]}, r"distill_layers has 'first', but entries are student:teacher"),
+    "twice": ({"distill_layers": ["1:1", "1:2"]}, r"names student layer 1 twice"),
     "bits": ({"teacher_quantization": "2bit"}, r"2bit.*8bit"),
 }
 
@@ -254,8 +256,6 @@ def test_a_config_that_makes_no_sense(what: str) -> None:
 
 
 LAYERS: dict[str, tuple[dict[str, Any], str]] = {
-    "no number": ({"distill_layers": ["first"]}, r"distill_layers has 'first', but entries are student:teacher"),
-    "twice": ({"distill_layers": ["1:1", "1:2"]}, r"names student layer 1 twice"),
     "not there": ({"distill_layers": ["3"]}, r"layer 3 of the student, which has layers 1 to 2"),
     "backwards": ({"distill_layers": ["1:2", "2:1"]}, r"have to follow the order"),
     "weights": ({"layer_weights": [1.0]}, r"1 layer_weights for 2 compared layers"),

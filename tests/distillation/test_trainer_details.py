@@ -10,13 +10,12 @@ import numpy as np
 import pytest
 import torch
 from distillation.runs import Rows, lively, padding, train
-from peft import get_peft_model
 from tiny_models import TINY
 from torch import Tensor
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
-from sparse_ft import LoraPruneConfig, prune
-from sparse_ft.distillation import DistillationConfig, output_head, self_teacher, squarehead_layer
+from sparse_ft import prune
+from sparse_ft.distillation import DistillationConfig, distilling, self_teacher, squarehead_layer
 from sparse_ft.distillation.tokens import valid_tokens
 from sparse_ft.distillation.trainer import _check_still_shared
 
@@ -89,14 +88,6 @@ def test_the_first_token_of_each_row_may_be_left_out(tmp_path: Path) -> None:
     assert run.distill[0]["distill/squarehead"] == pytest.approx(float(expected), rel=1e-5)
 
 
-def test_a_pruned_head_under_lora_prune_is_refused() -> None:
-    model = TINY["llama"]()
-    masks = prune(model, method="magnitude", pattern="unstructured", sparsity=0.5, progress=False)
-    config = LoraPruneConfig(r=2, target_modules=["lm_head", "q_proj"], masks=masks, task_type="CAUSAL_LM")
-    with pytest.raises(ValueError, match="LoRA-Prune"):
-        output_head(get_peft_model(model, config))
-
-
 def test_a_shared_teacher_whose_student_moves_is_refused() -> None:
     dense, student = TINY["llama"](), TINY["llama"]()
     masks = prune(student, method="magnitude", pattern="unstructured", sparsity=0.5, progress=False)
@@ -105,3 +96,30 @@ def test_a_shared_teacher_whose_student_moves_is_refused() -> None:
     _check_still_shared(dense, "cuda")
     with pytest.raises(ValueError, match=r"before self_teacher"):
         _check_still_shared(teacher, "cuda")
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"distillation": {"kl_weight": 1.0}}, "distillation is a dict"),
+        ({"distillation": KL, "teacher": "path"}, "teacher is a str"),
+        ({"distillation": KL, "teacher": TINY["bert"]()}, "predicts the next token"),
+    ],
+)
+def test_arguments_of_another_kind(options: dict[str, Any], says: str, tmp_path: Path) -> None:
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    with pytest.raises(ValueError, match=says):
+        distilling(Trainer)(model=TINY["gpt2"](), args=arguments, **options)
+
+
+def test_a_compiled_student_shows_no_states(tmp_path: Path) -> None:
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", torch_compile=True)
+    states: Any = {"distillation": DistillationConfig(squarehead_weight=1.0), "teacher": TINY["llama"](1)}
+    with pytest.raises(ValueError, match="torch_compile"):
+        distilling(Trainer)(model=TINY["llama"](), args=arguments, **states)
+
+
+@pytest.mark.parametrize("other", [dict, TINY["llama"]()])
+def test_only_classes_of_trainers_are_taken(other: Any) -> None:
+    with pytest.raises(ValueError, match="derived from transformers"):
+        distilling(other)
