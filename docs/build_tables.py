@@ -17,6 +17,7 @@ import importlib
 import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,7 @@ VIEWS: dict[str, Callable[[Sequence[Row]], list[Row]]] = {
     MERGE_SPEED: delta_views.merge_speed,
     MERGE_PEER: delta_views.peer,
     DISTILLED: distillation_views.losses,
+    **{key: partial(distillation_views.losses, metric=m, better="high") for key, m in DISTILLED_TASKS.items()},
 }
 TITLES = {
     ONE_SHOT: "One-shot pruning",
@@ -232,8 +234,11 @@ def distillation_fragments(results: dict[str, Result]) -> Iterable[tuple[str, st
         if key in results:
             better = "low" if key == DISTILLED else "high"
             rows = distillation_views.squarehead(results[key]["rows"], metric, better=better)
-            parts.append(f"**{title(key)}**\n\n{table(rows)}\n\n{provenance(key, results[key])}\n")
+            shown = table(rows) if rows else "No pair with and without it is measured yet."
+            parts.append(f"**{title(key)}**\n\n{shown}\n\n{provenance(key, results[key])}\n")
     yield "distillation_squarehead.md", "\n".join(parts) or "No measurement is in `docs/results/distillation`.\n"
+    tasks = [f"**{title(key)}**\n\n{file_fragment(results, key)}" for key in DISTILLED_TASKS if key in results]
+    yield "distillation_tasks.md", "\n".join(tasks)
     for key in DISTILL_COSTS:
         yield f"{key.replace('/', '_')}.md", file_fragment(results, key)
 

@@ -1,7 +1,8 @@
 """What the pages show of distillation: every loss beside the others, and what SquareHead adds where it was added.
 
-Rows are trainings; the columns up to `seed` say which. Two trainings are a pair when they differ in SquareHead only.
-Numbers, and the words about what is better, are computed from the rows.
+Rows are trainings; the columns up to `seed` say which. Every loss is shown at the learning rate that has its best
+validation, and two losses are a pair when they differ in SquareHead only. Numbers, and the words about what is better,
+are computed from the rows.
 """
 
 from __future__ import annotations
@@ -13,34 +14,48 @@ from table_text import Row
 
 # what makes a training, besides its losses and its seed
 SETTING = ("sparsity", "steps", "method", "examples")
-LOSS = ("ce_weight", "kl_weight", "temperature", "layers", "learning_rate")
+LOSS = ("ce_weight", "kl_weight", "temperature", "layers")
 
 
-def losses(rows: Sequence[Row]) -> list[Row]:
-    """One line per pruning, method and loss, seeds joined, the best validation first; the dense model before them."""
-    lines = [{"pruned to": "dense", "perplexity": row["perplexity"]} for row in rows if row["part"] == "dense"]
-    groups = _groups([row for row in rows if row["part"] != "dense"])
-    for group in sorted(
-        groups, key=lambda g: (-g[0]["sparsity"], g[0]["steps"], g[0]["method"], mean(g, "validation"))
-    ):
+def losses(rows: Sequence[Row], metric: str = "perplexity", better: str = "low") -> list[Row]:
+    """One line per pruning, method and loss, seeds joined, at the rate with the best validation; references first.
+
+    Args:
+        rows: of one result file.
+        metric: the column that was measured on the test data; `validation` chose.
+        better: `"low"` or `"high"`.
+    """
+    lines: list[Row] = []
+    for row in rows:
+        if not row["learning_rate"]:
+            name = f"{row['sparsity']:.0%}" if row["sparsity"] else "dense"
+            lines.append({"pruned to": name, "loss": "not trained", metric: spread([row], metric)})
+    sign = 1 if better == "low" else -1
+    groups = [_best(at_rates, better) for at_rates in _by_loss(rows).values()]
+    for group in sorted(groups, key=lambda g: (*_setting(g[0]), sign * mean(g, "validation"))):
         first = group[0]
         lines.append(
             {
                 "pruned to": f"{first['sparsity']:.0%}",
                 "steps": first["steps"],
-                "method": first["method"],
+                "method": first.get("method"),
+                "examples": first.get("examples"),
                 "loss": loss_name(first),
                 "learning rate": first["learning_rate"],
+                "seeds": len(group),
                 "validation": spread(group, "validation"),
-                "perplexity": spread(group, "perplexity"),
-                "gap closed": f"{mean(group, 'gap_closed'):.1%}",
+                metric: spread(group, metric),
+                "gap closed": f"{mean(group, 'gap_closed'):.1%}" if "gap_closed" in first else None,
+                "CPU s per step": mean(group, "cpu_seconds_per_step"),
             }
         )
     return lines
 
 
 def squarehead(rows: Sequence[Row], metric: str, *, better: str) -> list[Row]:
-    """One line per training with SquareHead that has a twin without it: both numbers, and what was gained.
+    """One line per loss with SquareHead that was also trained without it.
+
+    Each of the two is shown at the best of the learning rates that both were trained at.
 
     Args:
         rows: of one result file.
@@ -48,16 +63,16 @@ def squarehead(rows: Sequence[Row], metric: str, *, better: str) -> list[Row]:
         better: `"low"` or `"high"`.
     """
     lines = []
-    groups = _groups([row for row in rows if row.get("learning_rate")])
-    for group in groups:
-        first = group[0]
-        if not first["squarehead_weight"]:
+    trained = _by_loss(rows)
+    for key, at_rates in trained.items():
+        first = next(iter(at_rates.values()))[0]
+        twin = next((other for other in trained.values() if _twins(first, next(iter(other.values()))[0])), {})
+        common = at_rates.keys() & twin.keys()
+        if not first["squarehead_weight"] or not common:
             continue
-        twin = next((other for other in groups if _twins(first, other[0])), None)
-        if twin is None:
-            continue
-        seeds = {row["seed"] for row in group} & {row["seed"] for row in twin}
-        ours, others = ({row["seed"]: row[metric] for row in g if row["seed"] in seeds} for g in (group, twin))
+        group, twin_group = (_best({rate: r[rate] for rate in common}, better) for r in (trained[key], twin))
+        seeds = {row["seed"] for row in group} & {row["seed"] for row in twin_group}
+        ours, others = ({row["seed"]: row[metric] for row in g if row["seed"] in seeds} for g in (group, twin_group))
         gains = [(others[s] - ours[s]) * (1 if better == "low" else -1) for s in seeds]
         lines.append(
             {
@@ -66,16 +81,15 @@ def squarehead(rows: Sequence[Row], metric: str, *, better: str) -> list[Row]:
                 "method": first.get("method"),
                 "examples": first.get("examples"),
                 "beside": loss_name({**first, "squarehead_weight": 0.0}),
-                "learning rate": first["learning_rate"],
                 "layers": first.get("layers"),
-                "squarehead weight": first["squarehead_weight"],
+                "SquareHead weight": f"{first['squarehead_weight']:g}",
                 "seeds": len(seeds),
                 f"{metric} with": spread([r for r in group if r["seed"] in seeds], metric),
-                "without": spread([r for r in twin if r["seed"] in seeds], metric),
-                "SquareHead": verdict(gains),
+                "without": spread([r for r in twin_group if r["seed"] in seeds], metric),
+                "SquareHead is": verdict(gains),
             }
         )
-    return sorted(lines, key=lambda line: (line["pruned to"], line["beside"], line["squarehead weight"]))
+    return sorted(lines, key=lambda line: (line["pruned to"], str(line["examples"]), line["steps"], line["beside"]))
 
 
 def readme_lines(rows: Sequence[Row], first: Row) -> list[tuple[str, float, float]]:
@@ -86,7 +100,7 @@ def readme_lines(rows: Sequence[Row], first: Row) -> list[tuple[str, float, floa
         first: a row of that table; pruning, steps and seed are its.
     """
     same = ("sparsity", "steps", "seed")
-    found = {}
+    found: dict[str, Row] = {}
     for row in rows:
         plain = row["kl_weight"] == row["ce_weight"] == row.get("temperature") == 1 and not row["squarehead_weight"]
         if plain and all(row[key] == first[key] for key in same):
@@ -100,10 +114,13 @@ def readme_lines(rows: Sequence[Row], first: Row) -> list[tuple[str, float, floa
 
 
 def verdict(gains: Sequence[float]) -> str:
-    """`better`, `worse`, or `mixed` where seeds disagree."""
+    """`better`, `worse`, `equal`, or that seeds disagree; with the number of seeds where there is one only."""
+    alone = " (one seed)" if len(gains) == 1 else ""
     if all(gain > 0 for gain in gains):
-        return "better"
-    return "worse" if all(gain < 0 for gain in gains) else "mixed"
+        return f"better{alone}"
+    if all(gain < 0 for gain in gains):
+        return f"worse{alone}"
+    return f"equal{alone}" if all(gain == 0 for gain in gains) else "better or worse by seed"
 
 
 def loss_name(row: Row) -> str:
@@ -133,16 +150,36 @@ def spread(rows: Sequence[Row], column: str) -> str:
     return shown if len(values) == 1 else f"{shown} ({min(values):.{digits}f}–{max(values):.{digits}f})"
 
 
+def _setting(row: Row) -> tuple[Any, ...]:
+    """By what lines are sorted: the least pruned first."""
+    return row["sparsity"], row.get("examples") or 0, row["steps"], row.get("method") or ""
+
+
 def _groups(rows: Sequence[Row]) -> list[list[Row]]:
     """Rows that differ in their seed only; a repetition is left out."""
     groups: dict[tuple[Any, ...], dict[int, Row]] = {}
     for row in rows:
-        key = tuple(row.get(column) for column in (*SETTING, *LOSS, "squarehead_weight"))
+        key = tuple(row.get(column) for column in (*SETTING, *LOSS, "squarehead_weight", "learning_rate"))
         groups.setdefault(key, {}).setdefault(row["seed"], row)
     return [list(group.values()) for group in groups.values()]
 
 
+def _by_loss(rows: Sequence[Row]) -> dict[tuple[Any, ...], dict[float, list[Row]]]:
+    """Setting and loss -> learning rate -> its trainings."""
+    found: dict[tuple[Any, ...], dict[float, list[Row]]] = {}
+    for group in _groups([row for row in rows if row["learning_rate"]]):
+        key = tuple(group[0].get(column) for column in (*SETTING, *LOSS, "squarehead_weight"))
+        found.setdefault(key, {})[group[0]["learning_rate"]] = group
+    return found
+
+
+def _best(at_rates: dict[float, list[Row]], better: str) -> list[Row]:
+    """The trainings at the rate whose first seed has the best validation."""
+    sign = 1 if better == "low" else -1
+    return min(at_rates.values(), key=lambda group: sign * min(group, key=lambda r: int(r["seed"]))["validation"])
+
+
 def _twins(one: Row, other: Row) -> bool:
-    """Whether they differ in SquareHead only."""
+    """Whether they differ in SquareHead, and what it brings, only."""
     columns = [column for column in (*SETTING, *LOSS) if column != "layers"]
     return not other["squarehead_weight"] and all(one.get(column) == other.get(column) for column in columns)
