@@ -229,16 +229,20 @@ def delta_fragments(results: dict[str, Result]) -> Iterable[tuple[str, str]]:
 def distillation_fragments(results: dict[str, Result]) -> Iterable[tuple[str, str]]:
     """Every loss beside the others, what SquareHead adds where it was added, and what a teacher costs."""
     yield "distillation_losses.md", file_fragment(results, DISTILLED)
-    parts = []
+    parts: list[str] = []
+    chosen: list[str] = []
     for key, metric in ((DISTILLED, "perplexity"), *DISTILLED_TASKS.items()):
         if key in results:
             better = "low" if key == DISTILLED else "high"
             rows = distillation_views.squarehead(results[key]["rows"], metric, better=better)
+            best = distillation_views.choices(results[key]["rows"], metric, better=better)
+            chosen.append(f"**{title(key)}** ({metric.replace('_', ' ')})\n\n{table(best)}\n")
             shown = table(rows) if rows else "No pair with and without it is measured yet."
             parts.append(f"**{title(key)}**\n\n{shown}\n\n{provenance(key, results[key])}\n")
     yield "distillation_squarehead.md", "\n".join(parts) or "No measurement is in `docs/results/distillation`.\n"
+    yield "distillation_choices.md", "\n".join(chosen) or "Nothing of this is measured yet.\n"
     tasks = [f"**{title(key)}**\n\n{file_fragment(results, key)}" for key in DISTILLED_TASKS if key in results]
-    yield "distillation_tasks.md", "\n".join(tasks)
+    yield "distillation_tasks.md", "\n".join(tasks) or "No task is measured yet.\n"
     for key in DISTILL_COSTS:
         yield f"{key.replace('/', '_')}.md", file_fragment(results, key)
 

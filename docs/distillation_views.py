@@ -14,6 +14,7 @@ from table_text import Row
 
 # what makes a training, besides its losses and its seed
 SETTING = ("sparsity", "steps", "method", "examples")
+KINDS = ("no teacher", "SquareHead", "KL", "KL and SquareHead")
 LOSS = ("ce_weight", "kl_weight", "temperature", "layers")
 
 
@@ -90,6 +91,44 @@ def squarehead(rows: Sequence[Row], metric: str, *, better: str) -> list[Row]:
             }
         )
     return sorted(lines, key=lambda line: (line["pruned to"], str(line["examples"]), line["steps"], line["beside"]))
+
+
+def choices(rows: Sequence[Row], metric: str, *, better: str) -> list[Row]:
+    """One line per setting: cross-entropy alone and, of each kind of loss, the one validation chose; and the choice.
+
+    Args:
+        rows: of one result file.
+        metric: the column that is shown; `validation` chose.
+        better: `"low"` or `"high"`.
+    """
+    sign = 1 if better == "low" else -1
+    found: dict[tuple[Any, ...], dict[str, list[Row]]] = {}
+    for at_rates in _by_loss(rows).values():
+        group = _best(at_rates, better)
+        first = group[0]
+        setting = found.setdefault(_setting(first), {})
+        rival = setting.get(_kind(first))
+        if rival is None or sign * _chosen_by(group) < sign * _chosen_by(rival):
+            setting[_kind(first)] = group
+    lines = []
+    for (sparsity, examples, steps, method), kinds in sorted(found.items()):
+        if len(kinds) < 2:
+            continue
+        best = min(kinds, key=lambda kind: sign * _chosen_by(kinds[kind]))
+        shown = {k: f"{spread(kinds[k], metric)} with {loss_name(kinds[k][0])}" for k in KINDS if k in kinds}
+        line: Row = {"pruned to": f"{sparsity:.0%}", "examples": examples or None, "steps": steps, "method": method}
+        lines.append({**line, **{k: shown.get(k) for k in KINDS}, "chosen": best})
+    return lines
+
+
+def _kind(row: Row) -> str:
+    """The column of a loss."""
+    return KINDS[bool(row["kl_weight"]) * 2 + bool(row["squarehead_weight"])]
+
+
+def _chosen_by(group: Sequence[Row]) -> float:
+    """Validation of the first seed, which all losses have."""
+    return float(min(group, key=lambda row: int(row["seed"]))["validation"])
 
 
 def readme_lines(rows: Sequence[Row], first: Row) -> list[tuple[str, float, float]]:
@@ -176,7 +215,7 @@ def _by_loss(rows: Sequence[Row]) -> dict[tuple[Any, ...], dict[float, list[Row]
 def _best(at_rates: dict[float, list[Row]], better: str) -> list[Row]:
     """The trainings at the rate whose first seed has the best validation."""
     sign = 1 if better == "low" else -1
-    return min(at_rates.values(), key=lambda group: sign * min(group, key=lambda r: int(r["seed"]))["validation"])
+    return min(at_rates.values(), key=lambda group: sign * _chosen_by(group))
 
 
 def _twins(one: Row, other: Row) -> bool:

@@ -55,3 +55,17 @@ def test_losses_have_names(views: ModuleType) -> None:
     named = {"ce_weight": 0.0, "kl_weight": 3.0, "temperature": 2.0, "squarehead_weight": 0.1, "layers": "8"}
     assert views.loss_name(named) == "3 KL (τ 2) + 0.1 SquareHead (layers 8)"
     assert views.loss_name({"kl_weight": 1.0, "squarehead_weight": 0.0}) == "CE + KL"
+
+
+def test_validation_chooses_among_the_losses_of_a_setting(views: ModuleType) -> None:
+    rows = [
+        row(1e-3, 0, 9.0, 5.0),
+        row(1e-3, 1, 8.0, 6.0),
+        row(1e-3, 0.1, 8.5, 4.0),
+        row(1e-3, 0, 7.0, 7.0, kl_weight=1.0),
+    ]
+    [line] = views.choices(rows, "perplexity", better="low")
+    assert line["no teacher"] == "5.00 with CE" and line["SquareHead"] == "6.00 with CE + SquareHead"
+    assert line["chosen"] == "KL" and line["KL and SquareHead"] is None
+    [line] = views.choices(rows, "perplexity", better="high")
+    assert line["chosen"] == "no teacher" and line["SquareHead"] == "4.00 with CE + 0.1 SquareHead"
